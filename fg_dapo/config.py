@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from rapidfuzz import fuzz, process
+from rapidfuzz import process
+from rapidfuzz.distance import OSA
 
 # %% ../nbs/05_config.ipynb #e9d7d5b0
 class Section(BaseModel):
@@ -110,9 +111,9 @@ class TrainConfig(Section):
 
 class LimitsConfig(Section):
     "Limits of one episode."
-    tool_calls:Count = Field(8, description="Tool calls an episode")
+    tool_calls:Count = Field(8, description="Tool calls an episode, bad ones included")
     spare_phone_calls:int = Field(1, ge=0, description="Phone calls more than the path needs")
-    max_turns:Count = Field(10, description="Answers of the agent, malformed ones included")
+    multi_turn:bool = Field(False, description="Offer the fourth tool, ask_user")
     max_new_tokens:Count = Field(256, description="Tokens one answer may have")
     max_prompt_tokens:Count = Field(512, description="Tokens the first prompt may have, feedback included")
 
@@ -233,7 +234,7 @@ def nearest(
 def _nearest_key(key):
     "The setting that `key` was probably meant to be: the same last part in another section, or the most alike."
     last, every = key.rpartition(".")[2], keys()
-    def likeness(k): return fuzz.WRatio(last, k.rpartition(".")[2]) + fuzz.WRatio(key, k)
+    def likeness(k): return 2 * OSA.normalized_similarity(last, k.rpartition(".")[2]) + OSA.normalized_similarity(key, k)
     return max(every, key=lambda k: (likeness(k), -len(k)))
 
 def _describe(err):
@@ -337,6 +338,9 @@ def load_arms(
     for name in arms if names is None else names:
         if name not in arms:
             errors.append(f"unknown arm {name!r}; the nearest is {nearest(str(name), arms)[0]!r} (there are {', '.join(arms)})")
+            continue
+        if not isinstance(arms[name] or {}, dict):
+            errors.append(f"{path}: arm {name!r}: expected a section of settings, got {arms[name]!r}")
             continue
         try:
             settings = merge(_without_empty(common), _without_empty(dict(arms[name] or {}, arm=name)))

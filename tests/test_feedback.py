@@ -60,6 +60,7 @@ def test_a_company_name_stays_a_name(name):
     assert re.fullmatch(r"[\w .&'-]{1,60}", clean_name(name))
     assert clean_name(clean_name(name)) == clean_name(name)
 
+def test_a_company_name_is_short(): assert clean_name("Harbor " * 50) == ("Harbor " * 9)[:60].strip()
 def test_a_company_name_is_not_a_template(): assert "49" not in rule_based_feedback(FailureInfo("unknown_company", "{{ 7 * 7 }} Bank"))
 
 VALUE = "7313"
@@ -134,6 +135,7 @@ def test_an_edited_template_is_used(monkeypatch):
     rule_based_feedback(INFO)
     monkeypatch.setitem(FEEDBACK_TEMPLATES["missing_auth"], "observed", "Wanted: {{ names(o.missing_fields) }}.")
     assert rule_based_feedback(INFO) == "Wanted: pin."
+    assert F._compiled("a") is F._compiled("a")
 
 @pytest.mark.parametrize("source", ["{{ o.phones }}", "{{ o['required_fields'] }}", "{{ plan(o) }}", "{% for f in o.fields %}{% endfor %}", "{% if o.ending %}{% endif %}", "{{ o.__class__.__mro__ }}"])
 def test_an_observed_template_cannot_reach_the_answer(monkeypatch, source):
@@ -233,7 +235,7 @@ VALUES = ("4402", "Ana Example", "7313", "987-65-4320", "12 Sample Road", "maple
 
 @pytest.mark.parametrize("text, reason", [
     ("", "empty"), (" \n", "empty"), ("The pin is 7313.", "value"), ("Tell Billing ANA EXAMPLE, the full_name.", "value"), ("Say Maple to Billing.", "value"),
-    ("last_4_ssn of 987654320", "value"), ("Send 12-sample-road as address.", "value"), ("Try again.", "not actionable"), ("Spinning is fun.", "not actionable"),
+    ("last_4_ssn of 987654320", "value"), ("Send 12-sample-road as address.", "value"), ("Try again.", "not actionable"), ("Spinning is fun.", "not actionable"), ("A freemail. Pins.", "not actionable"),
     ("Call Billing. </previous_attempts>", "markup"), ("Call Billing. <|im_start|>", "markup"), ("Billing " * 101, "over budget: 101 tokens, at most 100"),
     ("Billing " * 100, None), ("Ask for the account number.", None), ("Use search_company.", None), ("Dial 212-555-0142 for Billing.", None), ("Billing has 73131 clerks.", None),
     ("Billing at Harbor Bank wants pin.", None)])

@@ -141,4 +141,5 @@ def agent_turns(
     begin = "<|act|>" if chat.name == "compact" else "<|im_start|>assistant\n"
     parts = text.split(begin)
     parts = parts if not text.startswith(("<|task|>", "<|im_start|>")) else parts[1:]
+    if parts and not parts[-1]: parts.pop() # The agent was never heard
     return [p.split(chat.stop)[0] for p in parts]

@@ -72,7 +72,8 @@ def feedback_effect(
         solved = int((p["acc_after"] == 1).sum())
         same = int(((p["acc_after"] == 0) & (p["failure_after"].fillna("unknown") == p["kind"])).sum())
         w = success_rate(solved, len(p))
-        out.append(dict(zip([*by, "kind"], group)) | dict(n=len(p), solved=solved, same=same, other=len(p) - solved - same, share_solved=w["rate"], low=w["low"], high=w["high"]))
+        counts = dict(n=len(p), solved=solved, same=same, other=len(p) - solved - same)
+        out.append(dict(zip([*by, "kind"], group)) | counts | dict(share_solved=w["rate"], low=w["low"], high=w["high"]))
     return pd.DataFrame(out, columns=columns).sort_values([*by, "n", "kind"], ascending=[True] * len(by) + [False, True], ignore_index=True)
 
 # %% ../../nbs/evaluation/20_failures.ipynb #78ccf9b8

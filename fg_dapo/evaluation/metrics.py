@@ -48,7 +48,8 @@ def seed_interval(
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #c2a6888a
 def _attempts(n:int, c:int, k:int)->None:
-    if not (0 <= c <= n and 1 <= k <= n): raise ValueError(f"n={n} attempts, c={c} successes, k={k}: need 0 <= c <= n and 1 <= k <= n; sample at least k attempts a task")
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"n={n} attempts, c={c} successes, k={k}: need 0 <= c <= n and 1 <= k <= n; sample at least k attempts a task")
 
 def pass_at_k(
     n:int, # Attempts at the task

@@ -8,7 +8,7 @@ __all__ = ['ARMS', 'EXTRA', 'INTERVALS', 'STYLE', 'COMPANIES', 'THRESHOLDS', 'PA
            'level_bars', 'reaches', 'efficiency_bars', 'failure_bars', 'seconds_split']
 
 # %% ../../nbs/evaluation/30_plots.ipynb #da66b154
-import io, zlib
+import io, textwrap, zlib
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from .metrics import eval_stream, first_reach, median_reach, seed_interval
+from .metrics import eval_stream, first_reach, median_reach, seed_interval, success_rate
 
 # %% ../../nbs/evaluation/30_plots.ipynb #54fcdc8b
 ARMS = dict( # Arm to label, colour, marker
@@ -55,7 +55,7 @@ def arm_styles(arms)->dict[str, tuple[str, str]]: # Arm to colour and marker
     return out
 
 # %% ../../nbs/evaluation/30_plots.ipynb #a5b95c10
-INTERVALS = dict(t="95% t-interval over seeds", range="range of two seeds", wilson="one seed: 95% Wilson interval over tasks, not over seeds", none="no interval")
+INTERVALS = dict(t="95% t-interval over seeds", range="range of two seeds", wilson="95% Wilson interval over tasks, not over seeds", none="no interval")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
          "legend.fontsize": 9, "axes.titlelocation": "left", "grid.color": "#E6E8EC", "axes.edgecolor": "#9AA1AC", "hatch.linewidth": 0.6}
 
@@ -67,10 +67,18 @@ def _figure(title, cols=1, width=4.6, height=3.7, **kw):
         axes = fig.subplots(1, cols, squeeze=False, **kw)[0]
         fig.note, fig.keys = "", []
         yield fig, axes
-        fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        if fig.keys: fig.legend(handles=fig.keys, loc="outside lower left", ncols=min(len(fig.keys), 4), frameon=False, handlelength=1.8, columnspacing=1.4)
-        fig.supxlabel(fig.note, x=0.01, ha="left", fontsize=8.5, color="#5A6270")
+        _head(fig, title)
 
+def _head(fig, title):
+    "Title, note and legend: around the panels, and never over them."
+    wide, high = fig.get_size_inches()
+    note = textwrap.wrap(fig.note, int(16.5 * wide))
+    fig.suptitle("\n".join([title, *[" "] * len(note)]), x=0.01, ha="left", fontsize=13, fontweight="bold", linespacing=1.15)
+    fig.text(0.01, 1 - 0.33 / high, "\n".join(note), ha="left", va="top", fontsize=8.5, color="#5A6270", linespacing=1.3)
+    cols = len(fig.keys) if wide > 8 and len(fig.keys) <= 5 else min(len(fig.keys), 3)
+    if fig.keys: fig.legend(handles=fig.keys, loc="outside lower left", ncols=cols, frameon=False, handlelength=1.6, columnspacing=1.3)
+
+# %% ../../nbs/evaluation/30_plots.ipynb #c5a8e3db
 def _percent(ax, label="success"):
     ax.set(ylim=(-0.02, 1.02), ylabel=label)
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -128,6 +136,15 @@ def _kind(rows):
 
 def _span(values): return f"{int(min(values))}" if min(values) == max(values) else f"{int(min(values))} to {int(max(values))}"
 
+# %% ../../nbs/evaluation/30_plots.ipynb #f979cacd
+def _line(ax, points, color, **kw):
+    "A line with its band through pairs of x and interval; gives back the intervals that could be drawn."
+    points = [(a, i) for a, i in points if i["mean"] is not None]
+    ax.plot([a for a, _ in points], [i["mean"] for _, i in points], color=color, ms=4.5, lw=1.8, **kw)
+    band = [(a, i["low"], i["high"]) for a, i in points if i["low"] is not None]
+    if band: ax.fill_between(*zip(*band), color=color, alpha=0.12, lw=0)
+    return [i for _, i in points]
+
 def learning_curves(
     evals:pd.DataFrame, # Rows of evals.jsonl with arm and seed
     ceiling:dict|None=None, # Success that knowing only the rules reaches, by 'training' and 'heldout'
@@ -143,12 +160,7 @@ def learning_curves(
         for ax, (where, (name, acc, n)) in zip(axes, COMPANIES.items()):
             for arm, (color, marker) in styles.items():
                 points = [(g[x].mean(), seed_interval(g[acc].tolist(), g[n].tolist())) for _, g in rows[rows["arm"] == arm].groupby("step")]
-                points = [(a, i) for a, i in points if i["mean"] is not None]
-                drawn += [i for _, i in points]
-                xs, mid = [a for a, _ in points], [i["mean"] for _, i in points]
-                ax.plot(xs, mid, color=color, marker=marker, ms=4.5, lw=1.8)
-                band = [(a, i["low"], i["high"]) for a, i in points if i["low"] is not None]
-                if band: ax.fill_between(*zip(*band), color=color, alpha=0.14, lw=0)
+                drawn += _line(ax, points, color=color, marker=marker)
             if ceiling and ceiling.get(where) is not None:
                 ax.axhline(ceiling[where], color="#333333", lw=1, ls=(0, (4, 3)))
                 ax.text(1, ceiling[where] + 0.01, f"rules only: {ceiling[where]:.0%}", transform=ax.get_yaxis_transform(), ha="right", fontsize=8.5)
@@ -177,7 +189,7 @@ def position_curves(
     "Success by position in the group, early and late in training, one panel an arm."
     if not len(metrics): raise ValueError("no training step yet: metrics.jsonl is empty")
     styles, drawn = arm_styles(metrics["arm"]), []
-    with _figure("Success by position in the group", len(styles), width=3.1 if len(styles) > 2 else 4.2, sharey=True) as (fig, axes):
+    with _figure("Success by position in the group", len(styles), width=2.6 if len(styles) > 2 else 4.2, sharey=True) as (fig, axes):
         for ax, (arm, (color, marker)) in zip(axes, styles.items()):
             for part, ls, alpha in (("early", (0, (3, 2)), 0.65), ("late", "-", 1.0)):
                 runs = [_window(g, part) for _, g in metrics[metrics["arm"] == arm].groupby("seed")]
@@ -193,10 +205,22 @@ def position_curves(
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             _percent(ax, "success" if ax is axes[0] else "")
         fig.keys = [Line2D([], [], color="#333333", ls=(0, (3, 2)), label="first quarter of training"), Line2D([], [], color="#333333", label="last quarter")]
-        fig.note = _note(metrics, drawn, f"training rollouts, n = {_span(metrics['groups'])} groups a step" if "groups" in metrics else "training rollouts").replace("over tasks", "over rollouts")
+        n = f", n = {_span(metrics['groups'])} groups a step" if "groups" in metrics else ""
+        fig.note = _note(metrics, drawn, f"training rollouts{n}").replace("over tasks", "over rollouts")
     return fig
 
 # %% ../../nbs/evaluation/30_plots.ipynb #12adbaba
+def _smoothed(rows, smooth):
+    "Of one run: rollouts spent, and the running means of cold and guided success with the rollouts behind them."
+    rows = rows.sort_values("step")
+    ledger = pd.DataFrame([l if isinstance(l, dict) else {} for l in rows["ledger"]] if "ledger" in rows else [{}] * len(rows), index=rows.index)
+    out = rows[["arm", "seed", "step"]].assign(spent=ledger["rollouts"] if "rollouts" in ledger else rows["step"])
+    for kind in ("cold", "guided"):
+        out[kind] = rows[f"acc_{kind}"].astype(float).rolling(smooth, min_periods=1).mean()
+        spent = ledger[f"rollouts_{kind}"] if f"rollouts_{kind}" in ledger else None
+        out[f"n_{kind}"] = None if spent is None else spent.diff().fillna(spent).rolling(smooth, min_periods=1).sum()
+    return out
+
 def gap_curves(
     metrics:pd.DataFrame, # Rows of metrics.jsonl with arm and seed
     smooth:int=5, # Steps of the running mean
@@ -208,23 +232,16 @@ def gap_curves(
     shown, styles, drawn = metrics[metrics["arm"].isin(arms)], arm_styles(metrics["arm"]), []
     with _figure("With and without feedback in the prompt", len(arms), width=4.2, sharey=True) as (fig, axes):
         for ax, arm in zip(axes, arms):
-            rows = shown[shown["arm"] == arm].sort_values("step")
-            spent = [l.get("rollouts") if isinstance(l, dict) else None for l in rows.get("ledger", [None] * len(rows))]
-            rows = rows.assign(spent=[v if v is not None else s for v, s in zip(spent, rows["step"])])
-            for column, ls in (("acc_cold", "-"), ("acc_guided", (0, (3, 2)))):
-                runs = rows.assign(y=rows.groupby("seed")[column].transform(lambda s: s.astype(float).rolling(smooth, min_periods=1).mean()))
-                points = [(g["spent"].mean(), seed_interval(g["y"].tolist())) for _, g in runs.groupby("step")]
-                points = [(a, i) for a, i in points if i["mean"] is not None]
-                drawn += [i for _, i in points]
-                ax.plot([a for a, _ in points], [i["mean"] for _, i in points], color=styles[arm][0], ls=ls, lw=1.8)
-                band = [(a, i["low"], i["high"]) for a, i in points if i["low"] is not None]
-                if band: ax.fill_between(*zip(*band), color=styles[arm][0], alpha=0.14, lw=0)
+            rows = pd.concat([_smoothed(g, smooth) for _, g in shown[shown["arm"] == arm].groupby("seed")])
+            for kind, ls in (("cold", "-"), ("guided", (0, (3, 2)))):
+                points = [(g["spent"].mean(), seed_interval(g[kind].tolist(), g[f"n_{kind}"].tolist())) for _, g in rows.groupby("step")]
+                drawn += _line(ax, points, color=styles[arm][0], ls=ls)
             ax.set_title(arm_label(arm))
             _spent(ax, "training rollouts")
             _percent(ax, "success" if ax is axes[0] else "")
         fig.keys = [Line2D([], [], color="#333333", label="cold: no feedback in the prompt"), Line2D([], [], color="#333333", ls=(0, (3, 2)), label="guided")]
         n = f", n = {_span(shown['groups'])} groups a step" if "groups" in shown else ""
-        fig.note = _note(shown, drawn, f"training rollouts{n}, running mean of {smooth} steps")
+        fig.note = _note(shown, drawn, f"training rollouts{n}, running mean of {smooth} steps").replace("over tasks", "over rollouts")
     return fig
 
 # %% ../../nbs/evaluation/30_plots.ipynb #c7eb8858
@@ -241,6 +258,7 @@ def final_stream(
     same_t = last["temperature"].isna() if pd.isna(temperature) else last["temperature"] == temperature
     return last[(last["split"] == split) & same_t]
 
+# %% ../../nbs/evaluation/30_plots.ipynb #0fd025e4
 def _dodge(ax, styles, groups, values, width=0.8):
     "Bars of every arm beside each other; `values[arm][i]` is an interval or None."
     w = width / len(styles)
@@ -250,7 +268,8 @@ def _dodge(ax, styles, groups, values, width=0.8):
             if v is None or v["mean"] is None: continue
             x = i + (j - (len(styles) - 1) / 2) * w
             ax.bar(x, v["mean"], w * 0.92, color=color, lw=0)
-            if v["low"] is not None: ax.errorbar(x, v["mean"], yerr=[[v["mean"] - v["low"]], [v["high"] - v["mean"]]], color="#222222", elinewidth=1, capsize=2, lw=0)
+            if v["low"] is None: continue
+            ax.errorbar(x, v["mean"], yerr=[[v["mean"] - v["low"]], [v["high"] - v["mean"]]], color="#222222", elinewidth=1, capsize=2, lw=0)
     ax.set_xticks(range(len(groups)), groups)
     ax.grid(axis="x", visible=False)
 
@@ -296,24 +315,26 @@ def efficiency_bars(
     "What it took to reach each threshold; `>` where a run ended before."
     got = reaches(evals, where, thresholds, x)
     if not got: raise ValueError("no cold-start evaluation; evaluate first")
-    styles, w, top = arm_styles(got), 0.8 / len(got), max(v or 0 for a in got.values() for s in a.values() for v, _ in s.values()) or 1
-    with _figure(f"Training {x} to reach a cold-start success", width=8.6) as (fig, (ax,)):
+    rows, styles, h = pick_stream(evals), arm_styles(got), 0.82 / len(got)
+    top = max(v or 0 for a in got.values() for s in a.values() for v, _ in s.values()) or 1
+    with _figure(f"Training {x} to reach a cold-start success", width=8.6, height=1.9 + 0.2 * len(thresholds) * max(2, len(got))) as (fig, (ax,)):
         for j, (arm, (color, _)) in enumerate(styles.items()):
             for i, t in enumerate(thresholds):
-                (value, censored), pos = median_reach(got[arm][t].values()), i + (j - (len(got) - 1) / 2) * w
+                (value, censored), y = median_reach(got[arm][t].values()), i + (j - (len(got) - 1) / 2) * h
                 if value is None: continue
-                ax.bar(pos, value, w * 0.9, facecolor="none" if censored else color, edgecolor=color, hatch="////" if censored else None, lw=1)
-                ax.text(pos, value + 0.015 * top, f"{'>' if censored else ''}{value:,.0f}", ha="center", va="bottom", fontsize=8)
+                ax.barh(y, value, h * 0.88, facecolor="none" if censored else color, edgecolor=color, hatch="////" if censored else None, lw=1)
+                ax.text(value + 0.012 * top, y, f"{'> ' if censored else ''}{value:,.0f}", va="center", fontsize=8.5)
                 seeds = [v for v, c in got[arm][t].values() if v is not None and not c]
-                if len(got[arm][t]) > 1: ax.plot([pos] * len(seeds), seeds, ".", color="#222222", ms=4)
-        ax.set_xticks(range(len(thresholds)), [f"{t:.0%}" for t in thresholds])
-        ax.set(ylim=(0, 1.12 * top), xlabel=f"cold-start success on {COMPANIES[where][0].lower()}", ylabel=f"training {x}" + (" (s)" if x == "seconds" else ""))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
-        ax.grid(axis="x", visible=False)
-        rows = pick_stream(evals)
+                if seeds and len(got[arm][t]) > 1: ax.plot(seeds, [y] * len(seeds), ".", color="#222222", ms=4, clip_on=False)
+        ax.set_yticks(range(len(thresholds)), [f"{t:.0%}" for t in thresholds])
+        ax.invert_yaxis()
+        _spent(ax, f"training {x}" + (" (s)" if x == "seconds" else ""))
+        ax.set(xlim=(0, 1.12 * top), ylabel=f"cold-start success,\n{COMPANIES[where][0].lower()}")
+        ax.grid(axis="y", visible=False)
         n = rows[COMPANIES[where][2]].dropna()
         fig.keys = _arm_keys(styles, marker=False) + [Patch(facecolor="none", edgecolor="#555555", hatch="////", label="not reached: budget")]
-        fig.note = "; ".join([_kind(rows) + (f", n = {_span(n)}" if len(n) else ""), seeds_note(rows), "median over seeds"])
+        how = "median over seeds, dots are seeds" if rows["seed"].nunique() > 1 else "no interval"
+        fig.note = "; ".join([_kind(rows) + (f", n = {_span(n)}" if len(n) else ""), seeds_note(rows), how])
     return fig
 
 # %% ../../nbs/evaluation/30_plots.ipynb #e447ae67
@@ -323,7 +344,6 @@ def failure_bars(
 )->Figure|None: # `None` when nothing failed
     "How often episodes end in each kind of failure, arms beside each other."
     if not len(table): return None
-    from fg_dapo.evaluation.metrics import success_rate
     by_kind = table.groupby(["arm", "kind"])[["n", "episodes"]].sum()
     kinds = table.groupby("kind")["n"].sum().sort_values().index.tolist()
     styles = arm_styles(table["arm"])

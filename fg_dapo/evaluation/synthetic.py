@@ -25,9 +25,10 @@ def _eval_row(rng, p, step, tasks, mode="cold", split="val", temperature=1.0, n=
     training, heldout = _rate(rng, p, half), _rate(rng, 0.8 * p, half)
     acc, failed = (training + heldout) / 2, n - round((training + heldout) * half)
     counts = rng.multinomial(failed, [0.4, 0.25, 0.15, 0.1, 0.1])
-    row = dict(step=step, tasks=tasks, rollouts=8 * tasks, tokens=1500 * tasks, seconds=2.5 * step, split=split, mode=mode, temperature=temperature,
-        k=1, n=n, acc=acc, acc_training_companies=training, acc_heldout=heldout, n_training_companies=half, n_heldout=half,
-        by_level={str(l): dict(n=n // 5, acc=_rate(rng, p * (1.2 - 0.15 * l), n // 5)) for l in range(1, 6)}, failures={k: int(c) for k, c in zip(KINDS, counts) if c})
+    levels = {str(l): dict(n=n // 5, acc=_rate(rng, p * (1.2 - 0.15 * l), n // 5)) for l in range(1, 6)}
+    row = dict(step=step, tasks=tasks, rollouts=8 * tasks, tokens=1500 * tasks, seconds=2.5 * step, split=split, mode=mode, temperature=temperature, k=1,
+        n=n, acc=acc, acc_training_companies=training, acc_heldout=heldout, n_training_companies=half, n_heldout=half,
+        by_level=levels, failures={k: int(c) for k, c in zip(KINDS, counts) if c})
     return row | (dict(acc_first=max(0.0, acc - 0.3)) if mode == "feedback" else {})
 
 def _metrics_row(rng, p, step, groups, guided, n=8):
@@ -35,8 +36,8 @@ def _metrics_row(rng, p, step, groups, guided, n=8):
     rollouts = groups * n
     ledger = dict(rollouts=rollouts * step, rollouts_cold=(2 if guided else n) * groups * step, rollouts_guided=(n - 2 if guided else 0) * groups * step,
         rollouts_filtered=rollouts * step // 4, rollouts_failed=0, tokens=1500 * groups * step, updates=12 * step, reexecuted=30 * step, seconds=2.5 * step)
-    return dict(step=step, tasks=groups * step, rollouts=rollouts, loss=float(1 / (1 + step)), acc_by_position=by_position, groups=groups, groups_kept=groups * 3 // 4,
-        acc_cold=float(np.mean(by_position[:2])), acc_guided=float(np.mean(by_position[2:])) if guided else None, entropy=0.6, solved_tasks=4 * step,
+    return dict(step=step, tasks=groups * step, rollouts=rollouts, loss=float(1 / (1 + step)), acc_by_position=by_position, groups=groups,
+        groups_kept=groups * 3 // 4, acc_cold=float(np.mean(by_position[:2])), acc_guided=float(np.mean(by_position[2:])) if guided else None, entropy=0.6, solved_tasks=4 * step,
         seconds=dict(sample=1.8, env=0.1, update=0.6), peak_rss_mb=900, ledger=ledger)
 
 # %% ../../nbs/evaluation/08_synthetic.ipynb #be9a3a07
@@ -46,7 +47,8 @@ def _group(step, guided, note="", n=8):
     rows = []
     for i in range(n):
         solved, told = i >= 3, guided and i >= 2
-        transcript = f"User: I want to dispute a charge at Example Bank 000.{note}\nAssistant: Billing handles this: account_number{', pin' if solved else ''}\n"
+        transcript = f"User: I want to dispute a charge at Example Bank 000.{note}\n"
+        transcript += f"Assistant: Billing handles this: account_number{', pin' if solved else ''}\n"
         transcript += "CSR: Thank you, that is done." if solved else "CSR: I still need the pin."
         rows.append(dict(step=step, group=f"{step}-0", task_id=f"train-{step:03d}", level=2, heldout=False, position=i, guided=told,
             prompt_feedback=f"Attempt 1 (Score: 0.3):\n{FEEDBACK}" if told else None, transcript=transcript, score=1.0 if solved else 0.3, acc=int(solved),
@@ -56,11 +58,12 @@ def _group(step, guided, note="", n=8):
 def _eval_rollouts(rng, p, step, tasks=20, k=4):
     rows = []
     for t in range(tasks):
-        where = dict(step=step, task_id=f"test-{t:03d}", level=1 + t % 5, heldout=t % 2 == 1, split="test", temperature=1.0, prompt_feedback=None, feedback=None)
+        where = dict(step=step, task_id=f"test-{t:03d}", level=1 + t % 5, heldout=t % 2 == 1, split="test", temperature=1.0, tokens=60, bad_calls=0,
+            best_tool_calls=3, prompt_feedback=None, feedback=None, transcript="(synthetic)")
         def row(acc, **kw):
-            calls = int(rng.integers(3, 6))
-            return where | dict(acc=acc, score=1.0 if acc else 0.3, failure=None if acc else str(rng.choice(KINDS)), tool_calls=calls, best_tool_calls=3, bad_calls=0, tokens=60,
-                transcript="(synthetic)", order_ok=int(acc or rng.random() < 0.5), partial_scores=dict(collected_some=1, collected_all=int(acc or rng.random() < 0.5), done=acc)) | kw
+            order, collected = int(acc or rng.random() < 0.5), int(acc or rng.random() < 0.5)
+            return where | dict(acc=acc, score=1.0 if acc else 0.3, failure=None if acc else str(rng.choice(KINDS)), tool_calls=int(rng.integers(3, 6)),
+                order_ok=order, partial_scores=dict(collected_some=1, collected_all=collected, done=acc)) | kw
         rows += [row(int(rng.random() < p), mode="cold", attempt=0, position=i, guided=False, group=f"c{t}") for i in range(k)]
         first = row(int(rng.random() < p), mode="feedback", attempt=0, position=0, guided=False, group=f"f{t}")
         rows.append(first)

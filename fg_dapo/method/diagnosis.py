@@ -9,6 +9,7 @@ __all__ = ['FAILURE_KINDS', 'FailureInfo', 'failure_kind', 'diagnose']
 from dataclasses import dataclass, field
 
 from ..agent.episode import Episode
+from ..agent.scripted import best_plan
 from ..world.phone import CallResult
 
 # %% ../../nbs/method/10_diagnosis.ipynb #cf78b924
@@ -45,7 +46,7 @@ class FailureInfo:
     known:dict[str, tuple[str, ...]] = field(default_factory=dict) # Observed: department to all the fields it wants
     path:tuple[str, ...] = () # Answer: departments in order
     phones:dict[str, str] = field(default_factory=dict) # Answer: department to number
-    fields:dict[str, tuple[str, ...]] = field(default_factory=dict) # Answer: department to the fields it wants
+    fields:dict[str, tuple[str, ...]] = field(default_factory=dict) # Answer: department to the fields to tell it
     required_fields:tuple[str, ...] = () # Answer: what to put on the form
     missing:tuple[str, ...] = () # Answer: wanted fields the user does not have
     alternatives:dict[str, str] = field(default_factory=dict) # Answer: missing field to the substitute that works
@@ -94,4 +95,4 @@ def diagnose(
     return FailureInfo(kind, s.company.name, desk.asked, desk.refused, desk.unavailable,
         last.department if last else None, auth.missing if auth else (), auth.wrong if auth else (),
         routing.redirect_to if routing else None, routing.need_first if routing else None, dict(auth.offered) if auth else {}, known,
-        truth.path, dict(zip(truth.path, truth.phones)), {d.name: d.auth_fields for d in s.path}, truth.required_fields, truth.missing, alternatives, truth.ending)
+        truth.path, dict(zip(truth.path, truth.phones)), dict(best_plan(s).calls), truth.required_fields, truth.missing, alternatives, truth.ending)

@@ -236,7 +236,7 @@ def fit_feedback(
     "The critiques that fit beside a task."
     room = max_prompt_tokens - prompt_tokens
     if room < 0: raise ValueError(f"the task alone has {prompt_tokens} tokens and the prompt may have {max_prompt_tokens}; raise max_prompt_tokens")
-    budget = min(max_feedback_tokens, room)
+    budget = max_feedback_tokens
     while kept := accumulate(critiques, mode, budget, count_tokens):
         over = count_tokens(augment_prompt("", kept)) - room
         if over <= 0: break

@@ -7,9 +7,10 @@ __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FR
            'PLAUSIBLE', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS', 'AREA_CODES', 'USER_AREA_CODES',
            'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS', 'STREETS', 'CAN_LACK',
            'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'LEVEL_MIX', 'SPLITS', 'UNSEEN', 'random_name',
-           'RequestType', 'request_text', 'odd_fields', 'rule_path', 'odd_path', 'phone_numbers', 'ruled_company',
-           'random_company', 'random_fields', 'random_user', 'level_of', 'make_task', 'random_scenario',
-           'make_companies', 'make_users', 'split_pairs', 'pick', 'make_tasks', 'generate_world', 'rule_solves']
+           'RequestType', 'request_text', 'odd_fields', 'rule_path', 'odd_path', 'phone_numbers', 'department_phones',
+           'ruled_company', 'random_company', 'random_fields', 'random_user', 'level_of', 'make_task',
+           'random_scenario', 'make_companies', 'make_users', 'split_pairs', 'pick', 'make_tasks', 'generate_world',
+           'rule_solves']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
 import dataclasses, random
@@ -255,6 +256,14 @@ def phone_numbers(
     "`n` different numbers reserved for fiction."
     return [f"{area_codes[i // 100]}-555-01{i % 100:02}" for i in rng.sample(range(100*len(area_codes)), n)]
 
+def department_phones(
+    rng:random.Random, # Where chance comes from
+    sizes:list[int], # Departments of each company
+)->list[list[str]]: # Numbers of each company, each with an area code of its own; none comes twice in the world
+    "Numbers for the departments of many companies."
+    lines = {a: rng.sample(range(100), 100) for a in AREA_CODES}
+    return [[f"{a}-555-01{lines[a].pop():02}" for a in rng.sample(sorted(a for a in lines if lines[a]), n)] for n in sizes]
+
 def ruled_company(
     rng:random.Random, # Where chance comes from
     id:str,
@@ -285,7 +294,7 @@ def random_company(
     industry = rng.choice(INDUSTRIES)
     has, deps = {CS, *rng.sample(DEPARTMENTS[1:], rng.randint(1, 4))}, []
     has = [d for d in DEPARTMENTS if d in has]
-    for d, phone in zip(has, phone_numbers(rng, len(has))):
+    for d, phone in zip(has, department_phones(rng, [len(has)])[0]):
         fields = rng.sample(list(AUTH_FIELDS), rng.choice((1, 2, 2, 3, 3, 4, 5)))
         alternatives = {rng.choice(fields): rng.choice([f for f in AUTH_FIELDS if f not in fields])} if rng.random() < 0.4 else {}
         deps.append(Department(d, phone, rng.choice(DESCRIPTIONS[d]), in_order(fields), alternatives))
@@ -382,15 +391,15 @@ TRAIN_SIZES, HELDOUT_SIZES = (2,)*2 + (3,)*5 + (4,)*7 + (5,)*6, (2, 3, 4, 4, 5) 
 def make_companies(seed:int)->list[Company]:
     "The 100 companies of a world."
     rng = rng_for(seed, "companies")
-    words, phones = rng.sample(NAME_WORDS, 100), phone_numbers(rng, 500)
+    words = rng.sample(NAME_WORDS, 100)
     plan = []
     for industry in INDUSTRIES:
         plan += [(industry, False, n) for n in TRAIN_SIZES] + [(industry, True, n) for n in HELDOUT_SIZES]
     rng.shuffle(plan)
-    out = []
+    out, phones = [], department_phones(rng, [n for _, _, n in plan])
     for i, ((industry, heldout, n), word) in enumerate(zip(plan, words)):
         r = rng_for(seed, "company", i)
-        out.append(ruled_company(r, f"c{i:03}", random_name(r, industry, word), industry, heldout, n, phones[5*i:5*i + n]))
+        out.append(ruled_company(r, f"c{i:03}", random_name(r, industry, word), industry, heldout, n, phones[i]))
     return out
 
 def make_users(seed:int)->list[UserProfile]:

@@ -1,0 +1,166 @@
+"""Settings: what is shipped is valid, what is wrong is refused with the key and the way out."""
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings, strategies as st
+
+from fg_dapo.config import ConfigError, RunConfig, check_config, conflicts, dump, keys, load_arms, load_config, merge, parse_override
+
+CONFIGS = Path(__file__).resolve().parent.parent / "experiments" / "configs"
+KEYS = keys()
+LEAVES = sorted(KEYS)
+
+def value(config, key):
+    for k in key.split("."): config = getattr(config, k)
+    return config
+
+def errors(*overrides, path=None):
+    with pytest.raises(ConfigError) as e: load_config(path, overrides)
+    return e.value.errors
+
+# What is shipped
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("tiny_*.yaml")), ids=lambda p: p.stem)
+def test_a_shipped_file_loads_and_carries_its_name(path):
+    assert load_config(path).arm == path.stem.removeprefix("tiny_")
+
+def test_the_arms_of_the_demo_are_those_of_the_single_files():
+    arms = load_arms(CONFIGS / "demo.yaml")
+    assert list(arms) == ["dapo", "dapo_replay", "fg_plan", "fg_replay"]
+    for name, c in arms.items(): assert load_config(CONFIGS / f"tiny_{name}.yaml").algorithm == c.algorithm
+
+def test_arms_differ_in_feedback_and_transfer_only():
+    arms = load_arms(CONFIGS / "demo.yaml")
+    kinds = {n: (c.algorithm.feedback_guidance.enable, c.algorithm.transfer.mode) for n, c in arms.items()}
+    assert kinds == dict(dapo=(False, "none"), dapo_replay=(False, "replay"), fg_plan=(True, "none"), fg_replay=(True, "replay"))
+    ours = {"arm", "algorithm.feedback_guidance.enable", "algorithm.transfer.mode"}
+    for key in set(KEYS) - ours: assert len({str(value(c, key)) for c in arms.values()}) == 1, key
+
+def test_every_setting_has_a_description():
+    assert all(KEYS.values()) and len(KEYS) > 40
+
+def test_defaults_have_no_conflict():
+    assert conflicts(RunConfig()) == [] and load_config() == RunConfig()
+
+# Round trips
+
+VALUES = dict(seed=st.integers(0, 10**6), arm=st.from_regex(r"\A[a-z0-9_-]{1,12}\Z"),
+    **{"algorithm.lr": st.floats(1e-8, 1), "algorithm.clip_low": st.floats(.01, .99), "train.steps": st.integers(1, 10**6), "train.rollouts": st.integers(6, 64),
+       "algorithm.transfer.mode": st.sampled_from(["none", "replay"]), "algorithm.feedback_guidance.wave_sizes": st.lists(st.integers(1, 9), min_size=1, max_size=4),
+       "algorithm.feedback_guidance.stop_after_successes": st.none() | st.integers(1, 8), "data.shuffle": st.booleans(), "policy.checkpoint": st.text("abc/#:' {}[]0-", min_size=1, max_size=12)})
+
+@given(st.fixed_dictionaries({}, optional=VALUES), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_dump_reads_back(tmp_path_factory, chosen, comments):
+    raw = {}
+    for k, v in chosen.items():
+        for part in reversed(k.split(".")): v = {part: v}
+        raw = merge(raw, v)
+    config = check_config(raw)
+    path = tmp_path_factory.getbasetemp() / "round.yaml"
+    path.write_text(dump(config, comments))
+    assert load_config(path) == config
+    for k, v in chosen.items(): assert value(config, k) == (tuple(v) if isinstance(v, list) else v)
+
+def test_overrides_win_over_the_file_and_keep_the_rest(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {steps: 5, rollouts: 6}\nlimits:\n")
+    c = load_config(tmp_path / "c.yaml", ["train.steps=7", "algorithm.lr=2e-4", "train.steps=9"])
+    assert (c.train.steps, c.train.rollouts, c.algorithm.lr) == (9, 6, 2e-4)
+
+def test_merge_leaves_its_arguments_alone():
+    a, b = dict(x=dict(y=1)), dict(x=dict(z=2))
+    assert merge(a, b) == dict(x=dict(y=1, z=2)) and a == dict(x=dict(y=1)) and b == dict(x=dict(z=2))
+
+# Refusals
+
+@pytest.mark.parametrize("key", LEAVES)
+@pytest.mark.parametrize("bad", ["[[1], {a: b}]", "{a: 1}", "-1.5e9", ".nan", ""])
+def test_a_value_of_the_wrong_kind_is_refused_by_name(key, bad):
+    free_text = key in ("data.folder", "policy.checkpoint", "arm")
+    if bad == "" and key in ("train.threads", "algorithm.feedback_guidance.stop_after_successes"): return # Empty is null, which they take
+    found = errors(f"{key}={bad}")
+    assert any(key in e for e in found) and len(found) < 8, (found, free_text)
+
+@given(st.sampled_from(LEAVES), st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_misspelt_key_is_answered_with_the_key_that_was_meant(key, data):
+    head, _, last = key.rpartition(".")
+    i = data.draw(st.integers(1, len(last) - 1))
+    typo = last[:i - 1] + last[i] + last[i - 1] + last[i + 1:] # Two letters swapped
+    full = f"{head}.{typo}" if head else typo
+    if full in KEYS: return
+    found = errors(f"{full}=1")
+    assert len(found) == 1 and f"unknown key {full!r}; the nearest is {key!r}" in found[0]
+
+@pytest.mark.parametrize("key", LEAVES)
+def test_a_key_in_the_wrong_section_is_found(key):
+    last = key.rpartition(".")[2]
+    if "." not in key: return
+    meant = {k for k in LEAVES if k.endswith(f".{last}") or k == last}
+    found = errors(f"{last}=1") if last not in KEYS and last not in RunConfig.model_fields else []
+    if found: assert any(f"the nearest is {m!r}" in found[0] for m in meant)
+
+def test_all_errors_come_at_once():
+    found = errors("train.rollouts=1", "nonsense", "algorithm.clip_hihg=1", "seed=-1", "algorithm.pg_weight=0", "algorithm.transfer.mode=none", "engine=verl")
+    text = "\n".join(found)
+    for part in ("train.rollouts", "'nonsense' is not of the form", "'algorithm.clip_high'", "seed", "nothing is trained", "not built yet"): assert part in text
+    assert len(found) == 6
+
+def test_an_error_names_the_override_or_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: -1\n")
+    found = errors("train.steps=0", path=tmp_path / "c.yaml")
+    assert sorted(e.partition(":")[0] for e in found) == sorted([str(tmp_path / "c.yaml"), "override 'train.steps=0'"])
+
+@pytest.mark.parametrize("override, words", [
+    ("algorithm.feedback_guidance.use_llm_enhancement=true", "not built yet"),
+    ("engine=verl", "use 'local'"),
+    ("engine=vrel", "engine"),
+    ("algorithm.feedback_guidance.start_rollout=8", "leave none that could read feedback"),
+    ("algorithm.feedback_guidance.max_feedback_tokens=512", "no room for the task"),
+    ("algorithm.overlong.buffer=500", "exceed max_tokens"),
+    ("train.rollouts=true", "integer"),
+    ("train.rollouts='8'", "integer"),
+    ("arm=Mine!", "arm"),
+    ("limits=3", "expected a section"),
+])
+def test_impossible_settings(override, words):
+    assert any(words in e for e in errors(override))
+
+def test_a_cold_filter_needs_two_cold_rows():
+    top = "algorithm.feedback_guidance"
+    assert "one cold row always does" in errors("algorithm.filter_on=cold", f"{top}.start_rollout=1")[0]
+    load_config(None, ["algorithm.filter_on=cold", f"{top}.start_rollout=1", f"{top}.enable=false"])
+
+@pytest.mark.parametrize("text, words", [("seed: 1\nseed: 2", "is there twice"), ("seed: [1", "not YAML"), ("- 1", "expected `key: value`"), ("train:\n  steps: 1\n  steps: 2", "line 3")])
+def test_a_broken_file_is_named(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    found = errors(path=tmp_path / "c.yaml")
+    assert words in found[0] and str(tmp_path / "c.yaml") in found[0]
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match="none.yaml.*experiments/configs"): load_config("none.yaml")
+
+@pytest.mark.parametrize("text", ["a", "=1", "a..b=1", "a.b", ".=2"])
+def test_a_bad_override_shows_the_form(text):
+    with pytest.raises(ConfigError, match="section.key=value"): parse_override(text)
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["train", "seed", "algorithm", "steps", "x", 1]), x, max_size=3), max_leaves=8))
+@settings(deadline=None, max_examples=200)
+def test_whatever_yaml_holds_gives_a_config_or_a_config_error(x):
+    raw = yaml.safe_load(yaml.safe_dump(dict(train=x)))
+    try: assert isinstance(check_config(raw), RunConfig)
+    except ConfigError as e: assert all(e.errors)
+
+# Arms
+
+def test_arms_are_named_and_overridden(tmp_path):
+    p = tmp_path / "a.yaml"
+    p.write_text("common: {train: {steps: 3}}\narms: {one: {seed: 4}, two: }\n")
+    arms = load_arms(p, ["train.rollouts=6"], ["two", "one"])
+    assert [(n, c.arm, c.seed, c.train.steps, c.train.rollouts) for n, c in arms.items()] == [("two", "two", 0, 3, 6), ("one", "one", 4, 3, 6)]
+
+@pytest.mark.parametrize("text, words", [("seed: 1", "needs a section 'arms'"), ("arms: {a: {sed: 1}}", "the nearest is 'seed'"), ("arms: {a: }\ncomon: {}", "unknown key 'comon'"), ("arms: {a: 3}", "expected a section")])
+def test_a_broken_comparison_is_named(tmp_path, text, words):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words): load_arms(tmp_path / "a.yaml")

@@ -1,0 +1,316 @@
+"""Metrics against hand-computed numbers, failure tables, figures and reports. All run folders here are synthetic."""
+import itertools, json, math, re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+
+from fg_dapo.core import append_jsonl, read_json, write_json
+from fg_dapo.evaluation import plots
+from fg_dapo.evaluation.failures import failure_counts, failure_table, failures_by_level, feedback_effect
+from fg_dapo.evaluation.metrics import (behavioral, censored_ratio, compute_all_metrics, eval_stream, first_reach, holm, iqm, median_reach, pass_at_k, pass_hat_k,
+    pass_table, seed_interval, stratified_bootstrap, success_rate, verdict)
+from fg_dapo.evaluation.report import build_report, example_group, final_rates, frame, load_runs, md_block, code, to_markdown, write_report
+from fg_dapo.evaluation.synthetic import synthetic_run
+
+quick = settings(deadline=None, max_examples=60)
+
+# --- rates
+
+@quick
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_the_formula(cn):
+    c, n = cn
+    z, p = stats.norm.ppf(0.975), c / n
+    mid, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    r = success_rate(c, n)
+    assert r["low"] == pytest.approx(max(0, mid - half), abs=1e-9) and r["high"] == pytest.approx(min(1, mid + half), abs=1e-9)
+    assert r["rate"] == p and -1e-12 <= r["low"] <= p <= r["high"] + 1e-12
+
+def test_wilson_hand_numbers():
+    r = success_rate(0, 10)
+    assert r["low"] == 0 and r["high"] == pytest.approx(0.277533, abs=1e-6)
+    assert success_rate(0, 0) == dict(successes=0, n=0, rate=None, low=None, high=None)
+    with pytest.raises(ValueError, match="-1 successes of 3"): success_rate(-1, 3)
+
+def test_seed_interval_says_what_it_is():
+    assert seed_interval([None, float("nan")])["how"] == "none"
+    assert seed_interval([0.5], [None])["how"] == "none"
+    one = seed_interval([0.3, None], [20, 20])
+    assert (one["how"], one["seeds"]) == ("wilson", 1) and one["low"] == pytest.approx(success_rate(6, 20)["low"])
+    assert seed_interval([0.2, 0.6])["how"] == "range"
+    x = [0.1, 0.25, 0.3]
+    low, high = stats.t.interval(0.95, 2, np.mean(x), stats.sem(x))
+    three = seed_interval(x)
+    assert three["how"] == "t" and three["low"] == pytest.approx(max(0, low)) and three["high"] == pytest.approx(high)
+
+# --- pass@k
+
+@quick
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_estimators_are_the_average_over_all_subsets(nck):
+    n, c, k = nck
+    subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(np.mean([any(s) for s in subsets]))
+    assert pass_hat_k(n, c, k) == pytest.approx(np.mean([all(s) for s in subsets]))
+
+def test_pass_table():
+    t = pass_table([(8, 8), (4, 0), (2, 1)], ks=(1, 4, 8, 16))
+    assert [r["tasks"] for r in t] == [3, 2, 1, 0]
+    assert [r["pass_at_k"] for r in t] == pytest.approx([0.5, 0.5, 1.0, None])
+    assert t[3]["pass_hat_k"] is None
+    with pytest.raises(ValueError, match="k=0"): pass_at_k(4, 2, 0)
+
+# --- aggregates
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_iqm_is_the_trimmed_mean(xs):
+    k = int(0.25 * len(xs)) # rliable: whole scores are cut from both ends
+    assert iqm(xs) == pytest.approx(np.mean(sorted(xs)[k:len(xs) - k])) == pytest.approx(stats.trim_mean(xs, 0.25))
+
+def test_stratified_bootstrap_resamples_within_tasks():
+    same = stratified_bootstrap([[0.1, 0.9]] * 3, stat=np.mean, reps=50) # Within a task nothing varies, so nothing may vary
+    assert same["low"] == same["high"] == pytest.approx(0.5)
+    x = np.random.default_rng(0).random((10, 1))
+    ours = stratified_bootstrap(x, stat=np.mean, reps=4000)
+    theirs = stats.bootstrap((x[:, 0],), np.mean, method="percentile", n_resamples=4000, random_state=0).confidence_interval
+    assert ours["low"] == pytest.approx(theirs.low, abs=0.02) and ours["high"] == pytest.approx(theirs.high, abs=0.02)
+    assert stratified_bootstrap([[0.2, 0.4]])["low"] is None
+    with pytest.raises(ValueError, match="runs x tasks"): stratified_bootstrap([0.1, 0.2])
+
+# --- reaching a threshold
+
+def test_first_reach():
+    assert first_reach([0, 10, 20], [0.1, 0.7, 0.2], 0.7) == (10, False) # At the threshold counts, and falling back does not undo it
+    assert first_reach([0, 10, 20], [0.1, None, 0.2], 0.7) == (20, True)
+    assert first_reach([], [], 0.7) == (None, True)
+    assert median_reach([(10, False), (30, False), (20, True)]) == (30, False)
+    assert median_reach([(10, False), (20, True)]) == (20, True)
+    assert median_reach([]) == (None, True)
+
+def test_censored_ratio():
+    free = censored_ratio([(800, False), (400, False), (200, False)], [(100, False), (100, False), (100, False)])
+    assert free["ratio"] == pytest.approx(4) and free["bound"] is None and free["low"] >= 2 - 1e-9 and free["high"] <= 8 + 1e-9
+    logs = np.log([8, 4, 2])
+    ci = stats.bootstrap((logs,), np.mean, method="percentile", n_resamples=5000, random_state=0).confidence_interval
+    assert np.log([free["low"], free["high"]]) == pytest.approx([ci.low, ci.high], abs=0.1)
+    lower = censored_ratio([(800, True), (400, False)], [(100, False), (100, False)])
+    assert lower["bound"] == "at least" and lower["high"] is None and lower["low"] is not None
+    upper = censored_ratio([(800, False), (400, False)], [(100, True), (100, False)])
+    assert upper["bound"] == "at most" and upper["low"] is None and upper["high"] is not None
+    for a, b in (([(8, True), (8, False)], [(8, False), (8, True)]), ([(8, False)], [(0, False)]), ([(None, True)], [(8, False)]), ([], [])):
+        assert censored_ratio(a, b)["ratio"] is None and censored_ratio(a, b)["bound"] == "undetermined"
+    one = censored_ratio([(8, False)], [(4, False)])
+    assert one["ratio"] == pytest.approx(2) and one["low"] is None and one["pairs"] == 1
+
+# --- Holm
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(ps):
+    got = holm({str(i): p for i, p in enumerate(ps)})
+    for i in range(len(ps)):
+        sets = [s for k in range(1, len(ps) + 1) for s in itertools.combinations(range(len(ps)), k) if i in s]
+        assert got[str(i)] == pytest.approx(max(min(1, len(s) * min(ps[j] for j in s)) for s in sets))
+
+def test_holm_refuses_what_is_no_p_value():
+    with pytest.raises(ValueError, match="1.2 of 'mix'"): holm(dict(mix=1.2))
+
+def test_verdict_needs_seeds_and_the_whole_interval():
+    assert verdict(2, 3, 2.5, 5) == "met" and verdict(2, 3, 1.9, 5) == "not met" and verdict(2, 3, 2.5, 4) == "not measured"
+    assert verdict(2, 1.5, None, 5, "at most") == "not met" and verdict(2, 3, None, 5, "at most") == "not measured"
+    assert verdict(2, None, None, 9) == "not measured" and verdict(2, 1.5, 1.2, 5, "at least") == "not measured"
+
+# --- all metrics
+
+def ev(step, acc, **kw): return dict(step=step, tasks=step * 8, rollouts=step * 64, split="val", mode="cold", temperature=1.0, n=50, acc=acc) | kw
+
+def test_compute_all_metrics():
+    evals = [ev(0, 0.1), ev(10, 0.72), ev(5, 0.4), ev(10, 0.99, temperature=0.0), ev(10, 0.99, split="test"), ev(10, 0.9, mode="feedback", acc_first=0.7)]
+    rows = [dict(mode="cold", acc=1, tool_calls=6, best_tool_calls=3, partial_scores=dict(collected_all=1, order_ok=1)),
+            dict(mode="cold", acc=0, tool_calls=3, best_tool_calls=3, partial_scores=dict(collected_all=0, order_ok=1)),
+            dict(mode="feedback", attempt=0, acc=1, tool_calls=3, best_tool_calls=3, partial_scores=dict(collected_all=0))]
+    m = compute_all_metrics(dict(evals=evals, rollouts=rows))
+    assert set(m) == {"sample_efficiency", "learning_quality", "behavioral"}
+    assert m["sample_efficiency"] == {"tasks_to_70": dict(tasks=80, censored=False), "tasks_to_90": dict(tasks=80, censored=True), "success@N": {"0": 0.1, "40": 0.4, "80": 0.72}}
+    assert m["learning_quality"] == dict(base_policy_success=0.72, with_feedback_success=0.9, improvement_from_feedback=pytest.approx(0.2))
+    assert m["behavioral"] == dict(info_gathering_completeness=0.5, call_order_correctness=1.0, tool_call_efficiency=0.5, episodes=2)
+    for result in (m, compute_all_metrics({}), compute_all_metrics(dict(evals=[ev(0, None)]))): json.dumps(result, allow_nan=False)
+    assert [r["acc"] for r in eval_stream(evals, temperature=0.0)] == [0.99]
+    assert behavioral([])["episodes"] == 0
+    assert behavioral([dict(acc=0), dict(acc=1, guided=True), dict(acc=1, attempt=1)])["episodes"] == 1 # Guided and second attempts say nothing about the policy alone
+
+# --- failures
+
+def roll(failure, **kw): return dict(arm="a", seed=0, mode="cold", task_id="t", acc=int(failure is None), failure=failure, level=1) | kw
+
+def test_failure_table_counts():
+    rows = pd.DataFrame([roll("x")] * 3 + [roll("y")] + [roll(None)] * 6 + [roll("y", arm="b"), roll(None, arm="c")])
+    t = failure_table(rows)
+    assert t[["arm", "kind", "n", "failures", "episodes"]].values.tolist() == [["a", "x", 3, 4, 10], ["a", "y", 1, 4, 10], ["b", "y", 1, 1, 1]]
+    assert t["share_of_failures"].tolist() == [0.75, 0.25, 1.0] and t["share_of_episodes"].tolist() == [0.3, 0.1, 1.0]
+    assert failure_table(pd.DataFrame([roll(None)])).empty
+    assert failure_table(pd.DataFrame([roll(None, acc=0)]))["kind"].tolist() == ["unknown"]
+    assert failures_by_level(pd.concat([rows, pd.DataFrame([roll("x", level=4)])])).set_index(["arm", "kind"]).loc[("a", "x"), 4] == 1.0
+
+def test_failure_counts_use_all_episodes():
+    t = failure_counts(pd.DataFrame([dict(arm="a", mode="cold", n=10, k=2, acc=0.9, failures=dict(x=2))]))
+    assert t[["n", "episodes"]].values.tolist() == [[2, 20]]
+
+def test_feedback_effect_pairs_attempts_of_the_same_trial():
+    def fb(group, attempt, failure, **kw): return roll(failure, mode="feedback", group=group, attempt=attempt, **kw)
+    rows = [fb("g1", 0, "x"), fb("g2", 0, None), fb("g3", 0, "x"), fb("g3", 1, "x"), fb("g1", 1, None), fb("g4", 0, "y"), fb("g4", 1, "x"), fb("g5", 0, "y")]
+    e = feedback_effect(pd.DataFrame(rows))
+    assert e[["kind", "n", "solved", "same", "other"]].values.tolist() == [["x", 2, 1, 1, 0], ["y", 1, 0, 0, 1]]
+    seeds = feedback_effect(pd.DataFrame(rows + [r | dict(seed=1) for r in rows]))
+    assert seeds["n"].tolist() == [4, 2]
+    assert feedback_effect(pd.DataFrame(rows[:1])).empty
+    trials = [roll(f, mode="feedback", attempt=a) for f, a in ((None, 0), ("x", 0), ("y", 0), (None, 1), ("y", 1))] # No group: in the order of the file
+    assert feedback_effect(pd.DataFrame(trials))[["kind", "solved", "same"]].values.tolist() == [["x", 1, 0], ["y", 0, 1]]
+
+# --- figures
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Figures are made but not drawn: most of a report's time is drawing."
+    monkeypatch.setattr(plots, "to_png", lambda fig, dpi=130: b"not drawn")
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    for arm in plots.ARMS:
+        if arm in ("dapo", "dapo_replay", "fg_plan", "fg_replay"): synthetic_run(folder, arm, note=" </pre><script>alert('x')</script> ```` | <img src=http://evil.example/x.png>")
+    return folder
+
+def test_figures_say_what_they_show(runs_dir):
+    runs = load_runs(runs_dir)
+    evals, metrics = frame(runs, "evals"), frame(runs, "metrics")
+    curves = plots.learning_curves(evals, ceiling=dict(heldout=0.8))
+    assert [a.get_title(loc="left") for a in curves.axes] == ["Training companies (n = 20)", "Held-out companies (n = 20)"]
+    assert "1 seed" in curves.note and "Wilson interval over tasks, not over seeds" in curves.note
+    assert [h.get_label() for h in curves.keys] == ["DAPO", "DAPO + replay (control)", "FG as in the plan", "FG + replay"]
+    assert any("rules only: 80%" in t.get_text() for t in curves.axes[1].texts) and not curves.axes[0].texts
+    drawn = {l.get_color() for l in curves.axes[0].lines}
+    assert drawn == {c for _, c, _ in list(plots.ARMS.values())[:4]}
+    bars = plots.efficiency_bars(evals)
+    assert any(t.get_text().startswith("> ") for t in bars.axes[0].texts)
+    assert [a.get_title(loc="left") for a in plots.gap_curves(metrics).axes] == ["FG as in the plan", "FG + replay"]
+    assert len(plots.position_curves(metrics).axes) == 4
+    assert plots.to_png(plots.level_bars(evals), 40)[:8] == b"\x89PNG\r\n\x1a\n"
+    assert plots.to_png(plots.level_bars(evals), 40) == plots.to_png(plots.level_bars(evals), 40)
+
+def test_the_curve_shows_the_rows(runs_dir):
+    evals = frame(load_runs(runs_dir), "evals")
+    want = evals[(evals.arm == "fg_replay") & (evals.split == "val")].sort_values("step")
+    line = next(l for l in plots.learning_curves(evals).axes[1].lines if l.get_color() == plots.ARMS["fg_replay"][1])
+    assert line.get_xdata() == pytest.approx(want["rollouts"]) and line.get_ydata() == pytest.approx(want["acc_heldout"])
+
+# --- reports
+
+class Page(HTMLParser):
+    "What a browser would load and run."
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.alts, self.ids, self.links, self.handlers = set(), [], [], [], [], []
+        self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.tags.add(tag)
+        self.loads += [v for k, v in attrs if k in ("src", "srcset", "href", "data", "action") and not (tag == "a" and v.startswith("#"))]
+        self.handlers += [k for k in a if k.startswith("on")]
+        if tag == "img": self.alts.append(a.get("alt"))
+        if tag == "a": self.links.append(a["href"])
+        if "id" in a: self.ids.append(a["id"])
+
+def test_html_loads_nothing_and_runs_nothing(runs_dir, tmp_path):
+    path = write_report(runs_dir, tmp_path, title="<script>alert(1)</script>")
+    html = path.read_text()
+    page = Page(html)
+    assert "script" not in page.tags and not page.handlers and "alert(&#39;x&#39;)" in html
+    assert page.loads and all(u.startswith("data:image/png;base64,") for u in page.loads)
+    assert not re.search(r"url\(|@import", html)
+    assert all(page.alts) and len(page.alts) >= 6
+    assert {l[1:] for l in page.links} <= set(page.ids) and len(set(page.ids)) == len(page.ids)
+    for need in ("prefers-color-scheme: dark", 'name="viewport"', 'lang="en"', "default-src 'none'", "One seed: no claim", "Synthetic runs", "0123456789ab", "How to read this"): assert need in html
+    assert not re.search(r"\b(not )?met\b", re.sub(r"base64,[^\"]*", "", html)) # No claim words without thresholds
+    names = {p.name for p in (tmp_path / "figures").iterdir()}
+    md = (tmp_path / "report.md").read_text()
+    assert set(re.findall(r"\]\(figures/([a-z_]+\.png)\)", md)) == names and "learning_curves.png" in names
+    outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", md)
+    assert "alert" not in outside.split("\n", 1)[1] and "<script" not in outside
+    assert set(read_json(tmp_path / "metrics.json")) == {"dapo-s0", "dapo_replay-s0", "fg_plan-s0", "fg_replay-s0"}
+
+def test_markdown_fence_outlasts_the_text():
+    assert md_block(code("t", "a ````` b")).count("`" * 6) == 2
+
+def test_answer_is_computed_from_the_rows(runs_dir, undrawn):
+    runs = load_runs(runs_dir)
+    last = {r.arm: [e for e in r.evals if (e["split"], e["mode"], e["temperature"]) == ("test", "cold", 1.0)][-1] for r in runs}
+    got = final_rates(frame(runs, "evals"))
+    for arm, row in last.items():
+        assert got[arm]["training"]["mean"] == row["acc_training_companies"] and got[arm]["heldout"]["mean"] == row["acc_heldout"] and got[arm]["training"]["n"] == 50
+    md = to_markdown("t", build_report(runs))
+    assert f"{last['fg_replay']['acc_training_companies']:.0%} (" in md
+
+def test_claims_need_thresholds_and_seeds(tmp_path, undrawn):
+    for seed in range(5):
+        for arm in ("dapo_replay", "fg_replay"): synthetic_run(tmp_path / "runs", arm, seed)
+    md = to_markdown("t", build_report(load_runs(tmp_path / "runs"), claims=dict(cold_training=0.1, cold_heldout=0.99, ratio_90=2)))
+    rows = [l for l in md.splitlines() if l.endswith(("| met |", "| not met |", "| not measured |"))]
+    assert [l.split("|")[-2].strip() for l in rows] == ["met", "not met", "not measured"] and "no claim" not in md
+    with pytest.raises(ValueError, match="no claim 'speed'"): build_report(load_runs(tmp_path / "runs"), claims=dict(speed=1))
+
+def test_one_arm_missing_files_and_a_run_that_was_killed(tmp_path, undrawn):
+    bare = tmp_path / "bare" / "dapo-s3"
+    write_json(bare / "manifest.json", dict(config={}, seed=3))
+    html = write_report(bare, tmp_path / "out0").read_text()
+    assert "Run `fg-dapo evaluate`" in html and load_runs([bare])[0].arm == "dapo"
+    killed = synthetic_run(tmp_path / "killed", "fg_replay", finished=False)
+    html = write_report([killed], tmp_path / "out1").read_text()
+    assert "Unfinished: FG + replay, seed 0, at step 10 of 20" in html and "Only one side of the comparison" in html
+    for name in ("evals.jsonl", "rollouts.jsonl"):
+        (killed / name).unlink()
+        assert write_report(killed, tmp_path / "out2").exists()
+    (killed / "metrics.jsonl").unlink()
+    assert write_report(killed, tmp_path / "out3").exists()
+    mine = synthetic_run(tmp_path / "mine", "my_idea")
+    (mine / "eval_rollouts.jsonl").unlink()
+    assert "my_idea" in write_report(mine, tmp_path / "out4").read_text()
+
+def test_loading_names_what_is_wrong(tmp_path):
+    lone = tmp_path / "runs" / "fg_replay-s0"
+    lone.mkdir(parents=True)
+    (lone / "metrics.jsonl").write_text("")
+    for path in (lone, tmp_path / "runs", tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="has no manifest.json.*fg-dapo train") as e: load_runs([path])
+    with pytest.raises(ValueError, match="no run folders given"): load_runs([])
+    a, b = synthetic_run(tmp_path / "a"), synthetic_run(tmp_path / "b")
+    with pytest.raises(ValueError, match="two runs of arm 'fg_replay' with seed 0"): load_runs([a, b])
+    assert len(load_runs([a, a.parent])) == 1
+    (a / "evals.jsonl").write_text('{"step": \n{"step": 1}\n')
+    with pytest.raises(ValueError, match="evals.jsonl:1: not JSON"): load_runs(a)
+
+def test_a_resumed_run_counts_each_step_once(tmp_path):
+    run = synthetic_run(tmp_path, steps=6, every=2)
+    rows = load_runs(run)[0]
+    append_jsonl(run / "metrics.jsonl", rows.metrics[3] | dict(loss=7.0)) # Resumed at step 4, and not further yet
+    append_jsonl(run / "evals.jsonl", rows.evals[-1] | dict(acc=0.123))
+    append_jsonl(run / "rollouts.jsonl", rows.rollouts[-1] | dict(score=0.5))
+    again = load_runs(run)[0]
+    assert [r["step"] for r in again.metrics] == [1, 2, 3, 4] and again.metrics[-1]["loss"] == 7.0
+    assert len(again.evals) == len(rows.evals) and 0.123 in [r["acc"] for r in again.evals]
+    assert len(again.rollouts) == len(rows.rollouts)
+
+def test_the_example_is_a_group_that_feedback_turned(runs_dir):
+    run, rows = example_group(load_runs(runs_dir))
+    assert run.arm == "fg_replay" and [r["position"] for r in rows] == list(range(8))
+    assert not rows[0]["acc"] and rows[-1]["acc"] and rows[-1]["guided"] and rows[0]["step"] == max(r["step"] for r in run.rollouts)
+
+def test_synthetic_folders_are_marked_and_repeatable(tmp_path):
+    a, b = synthetic_run(tmp_path / "a", seed=4), synthetic_run(tmp_path / "b", seed=4)
+    assert read_json(a / "manifest.json")["synthetic"] is True
+    for f in a.iterdir(): assert f.read_bytes() == (b / f.name).read_bytes()
