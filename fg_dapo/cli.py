@@ -36,8 +36,11 @@ def explain(
 # %% ../nbs/90_cli.ipynb #4ffa84a0
 @contextmanager
 def stoppable():
-    "Make a polite kill, and a terminal that closes, the same as Ctrl-C."
-    def interrupt(*_): raise KeyboardInterrupt
+    "Make a polite kill, and a terminal that closes, the same as Ctrl-C, whatever that means at the moment."
+    def interrupt(_, frame):
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler): raise KeyboardInterrupt # A shell's background job ignores Ctrl-C
+        handler(signal.SIGINT, frame)
     main = threading.current_thread() is threading.main_thread()
     mine = [s for s in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(s) is signal.SIG_DFL] # What `nohup` ignores stays ignored
     for s in mine: signal.signal(s, interrupt)

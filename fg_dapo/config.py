@@ -87,6 +87,7 @@ class AlgorithmConfig(Section):
     clip_high:float = Field(0.28, gt=0, description="Clip the ratio above 1 + clip_high")
     clip_c:float = Field(10.0, gt=1, description="Dual clip: bound of the loss where the advantage is negative")
     lr:Rate = Field(3e-4, description="Learning rate of the policy gradient")
+    updates:Count = Field(4, description="Policy-gradient updates a step; its groups are dealt out over them")
     pg_weight:float = Field(1.0, ge=0, description="Weight of the policy gradient; 0 leaves only transfer")
     baseline:Literal["group", "condition", "cold"] = Field("group", description="Rows whose mean is subtracted: group | condition (cold and guided apart) | cold")
     filter_on:Literal["group", "cold"] = Field("group", description="Drop groups without variance among these rows: group | cold")
@@ -118,8 +119,8 @@ class LimitsConfig(Section):
     max_prompt_tokens:Count = Field(512, description="Tokens the first prompt may have, feedback included")
 
 class EvaluationConfig(Section):
-    "Evaluations during training and at its end."
-    split:Literal["train", "val", "test"] = Field("val", description="train | val | test")
+    "The evaluation at the end; during training it is always validation tasks."
+    split:Literal["train", "val", "test"] = Field("val", description="Tasks of the final evaluation: train | val | test")
     samples:Count = Field(1, description="Episodes a task")
     temperature:float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy")
 

@@ -25,7 +25,8 @@ def last_checkpoint(
     "The model in a folder: itself, or the last checkpoint of a run."
     folder = Path(folder)
     if is_model(folder): return folder
-    found = [p.parent for p in folder.glob("**/config.json") if is_model(p.parent)]
+    def whole(p): return is_model(p) and not any(x.startswith(".") for x in p.relative_to(folder).parts) # Hidden: a killed run was still writing it
+    found = [p.parent for p in folder.glob("**/config.json") if whole(p.parent)]
     if not found: raise FileNotFoundError(f"no model in {str(folder)!r}: expected config.json with a .safetensors file, or a run with checkpoints; fg-dapo warmstart makes one")
     def step(p): return [int(n) for n in re.findall(r"\d+", str(p.relative_to(folder)))] or [10**12]
     return max(found, key=step)
@@ -116,12 +117,15 @@ def stop(
     wait:float=60, # Seconds for a last checkpoint
 )->None:
     "Ask processes to stop, and see to it."
+    processes = list(processes)
     for p in processes:
         if p.poll() is None: p.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + wait
+    try:
+        for p in processes: p.wait(max(0.1, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt): pass # Too slow, or Ctrl-C again
     for p in processes:
-        try: p.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired: p.kill()
+        if p.poll() is None: p.kill()
 
 def tail(path:Path, n:int=6)->str: # Indented
     "The last lines of a log."
@@ -177,7 +181,8 @@ def results(
     for j in jobs:
         try: rows = read_jsonl(j.run / "evals.jsonl", torn_tail=True)
         except (OSError, ValueError): rows = []
-        last = {r.get("mode"): r for r in rows}
+        e = j.config.evaluation
+        last = {r.get("mode"): r for r in rows if (r.get("split"), r.get("temperature")) == (e.split, e.temperature)}
         cold, fed = last.get("cold", {}), last.get("feedback", {})
         out.append(dict(run=j.name, seen=cold.get("acc_training_companies"), heldout=cold.get("acc_heldout"), after_feedback=fed.get("acc")))
     return out

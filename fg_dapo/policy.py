@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DETAIL_MIX', 'PIECES', 'Transcript', 'feedback_text', 'spoiled', 'transcribe', 'demonstration', 'train_tokenizer',
            'encode', 'new_policy', 'count_parameters', 'save_policy', 'load_policy', 'repeated_segments', 'pad_rows',
-           'nll', 'Demonstrations', 'WarmStart', 'cosine', 'set_lr', 'optimize', 'adam', 'copy_accuracy', 'warmstart']
+           'masked_logp', 'nll', 'Demonstrations', 'WarmStart', 'cosine', 'set_lr', 'optimize', 'adam', 'copy_accuracy',
+           'warmstart']
 
 # %% ../nbs/60_policy.ipynb #194276f4
 import json, math, random, time
@@ -17,6 +18,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from .agent.chat import CompactChat, chat_format
 from .agent.episode import Episode
@@ -24,7 +26,7 @@ from .agent.scripted import Plan, best_plan, follow, play
 from .core import append_jsonl, atomic_write, rng_for, seed_for, versions, write_json
 from .method.diagnosis import diagnose
 from .method.feedback import Critique, accumulate, rule_based_feedback
-from .method.objective import token_logp
+from .method.objective import replay_loss, token_entropy, token_logp
 from .world.generate import random_scenario
 from .world.records import AUTH_FIELDS, Scenario, in_order
 
@@ -125,7 +127,7 @@ def new_policy(
     tok:PreTrainedTokenizerFast,
     seed:int=0,
     width:int=128, # Hidden size
-    layers:int=4,
+    layers:int=3,
     heads:int=4, # Of the queries; half as many for keys and values
     inner:int=256, # Width inside the feed-forward layers
     max_length:int=1024, # Positions
@@ -148,6 +150,7 @@ def save_policy(
     "Save a policy as any Hugging Face model is saved."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar() # A tiny model is one shard
     model.save_pretrained(folder, safe_serialization=True)
     tok.save_pretrained(folder)
     return folder
@@ -161,6 +164,7 @@ def load_policy(
     folder = Path(folder)
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"no policy in {folder}: config.json or *.safetensors is missing; `fg-dapo warmstart --out {folder}` makes one")
+    disable_progress_bar()
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
@@ -187,15 +191,28 @@ def pad_rows(
     n = max(map(len, rows))
     return torch.tensor([r + [value] * (n - len(r)) for r in rows])
 
+def masked_logp(
+    model,
+    ids:torch.Tensor, # [R, T], padded on the right: causality hides the padding, so no attention mask is needed
+    mask:torch.Tensor, # [R, T]; 1 on the tokens to score
+    entropy:bool=False, # Also the entropy at these tokens, without gradient
+)->tuple[torch.Tensor, torch.Tensor, torch.Tensor|None]: # Log-probabilities [R, T-1] (0 off the mask), mask [R, T-1] bool, entropy [R, T-1]
+    "Log-probability of the tokens that count. The vocabulary is only spread out where it is looked at, which is the smaller half of a transcript."
+    hidden, pick = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state, mask[:, 1:].bool()
+    logits = model.lm_head(hidden[pick])
+    def back(x): return torch.zeros(pick.shape, dtype=x.dtype, device=x.device).masked_scatter(pick, x)
+    logp = token_logp(logits[None], ids[:, 1:][pick][None])[0]
+    with torch.no_grad(): h = back(token_entropy(logits[None])[0]) if entropy else None
+    return back(logp), pick, h
+
 def nll(
     model,
     ids:torch.Tensor, # [R, T]
     mask:torch.Tensor, # [R, T]; 1 on the tokens to predict
 )->torch.Tensor: # Mean over those tokens, a scalar
-    "Token-mean negative log likelihood. Padding on the right needs no attention mask: causality hides it."
-    logp = token_logp(model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:])
-    m = mask[:, 1:].to(logp.dtype)
-    return -(logp * m).sum() / m.sum().clamp(min=1)
+    "Token-mean negative log likelihood."
+    logp, pick, _ = masked_logp(model, ids, mask)
+    return replay_loss(logp, pick)
 
 class Demonstrations:
     "Endless batches of fresh demonstrations, rows of similar length together."
@@ -216,13 +233,13 @@ class WarmStart:
     copy_steps:int=600 # Steps of repeated segments
     copy_rows:int=64
     copy_length:tuple[int, int]=(4, 30) # Of the segment, growing
-    steps:int=6000 # Steps of demonstrations
+    steps:int=2400 # Steps of demonstrations
     rows:int=32
-    lr:float=2e-3 # Peak; falls to a twentieth along a cosine
+    lr:float=3e-3 # Peak; falls to a twentieth along a cosine
     warmup:int=100
     tokenizer_texts:int=4000 # Demonstrations the tokenizer is trained on
     vocab_size:int=2048
-    eval_every:int=500 # Steps between measurements on fresh demonstrations
+    eval_every:int=200 # Steps between measurements on fresh demonstrations
 
 def cosine(
     step:int,

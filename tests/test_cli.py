@@ -141,6 +141,15 @@ def test_signals_stop_with_130(number):
     _, err = p.communicate(timeout=20)
     assert (p.returncode, err) == (130, "stopped; run the same command to resume\n")
 
+def test_a_polite_kill_lets_a_trainer_that_handles_ctrl_c_finish_its_step():
+    code = ("import fg_dapo.config as c, signal, time\nfrom fg_dapo.cli import app\nasked = []\ndef f(*a):\n    signal.signal(signal.SIGINT, lambda *_: asked.append(1))\n    print('here', flush=True)\n"
+            "    while not asked: time.sleep(.01)\n    print('saved', flush=True)\n    raise KeyboardInterrupt\nc.load_config = f\napp(['config'])")
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert p.stdout.readline() == "here\n"
+    p.send_signal(signal.SIGTERM)
+    out, _ = p.communicate(timeout=20)
+    assert (p.returncode, out) == (130, "saved\n")
+
 def test_a_reader_that_goes_away_is_no_error():
     r = subprocess.run(f"{sys.executable} -m fg_dapo.cli config | head -1", shell=True, capture_output=True, text=True, cwd=ROOT)
     assert r.stdout.startswith("engine: local") and "Traceback" not in r.stderr and "error" not in r.stderr
@@ -203,6 +212,7 @@ def test_a_model_folder_is_recognised(empty):
 
 def test_the_last_checkpoint_is_the_latest_step_and_not_the_alphabets(empty):
     for n in (9, 10, 100): model(empty / "run" / "checkpoints" / f"step-{n}")
+    model(empty / "run" / "checkpoints" / ".step-110") # Half written when the run was killed
     assert last_checkpoint(empty / "run").name == "step-100"
     assert last_checkpoint(empty / "run" / "checkpoints" / "step-9").name == "step-9"
     with pytest.raises(FileNotFoundError, match="no model in"): last_checkpoint(empty / "none")
@@ -304,6 +314,46 @@ def test_the_commands_of_a_job_are_commands_of_ours(empty):
 def test_results_take_the_last_row_of_each_kind(empty):
     job = Job(RunConfig(), Path("out"))
     job.run.mkdir(parents=True)
-    rows = [dict(mode="cold", acc_training_companies=.1, acc_heldout=.1), dict(mode="feedback", acc=.9), dict(mode="cold", acc_training_companies=.4, acc_heldout=None)]
+    at = dict(split="val", temperature=1.0)
+    rows = [dict(at, mode="cold", acc_training_companies=.1, acc_heldout=.1), dict(at, mode="feedback", acc=.9), dict(at, mode="cold", acc_training_companies=.4, acc_heldout=None)]
+    rows += [dict(at, mode="cold", temperature=0.0, acc_training_companies=.7), dict(at, mode="cold", split="test", acc_training_companies=.8)]
     (job.run / "evals.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert results([job]) == [dict(run="fg_replay-s0", seen=.4, heldout=None, after_feedback=.9)]
+
+# The whole demo, with a stand-in for the trainer
+
+STAND_IN = """
+import sys, json
+from pathlib import Path
+from fg_dapo.evaluation.synthetic import synthetic_run
+stage, arm, out = sys.argv[1:]
+if stage == "train": synthetic_run(out, arm, steps=4)
+"""
+
+@pytest.fixture
+def stand_in(empty, monkeypatch):
+    "An empty folder with data and a model, and a trainer that invents its numbers."
+    (empty / "data").mkdir()
+    model(empty / "checkpoints" / "tiny")
+    def start(job, stage): return subprocess.Popen([sys.executable, "-c", STAND_IN, stage, job.config.arm, str(job.out)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    monkeypatch.setattr(demo, "start", start)
+    return empty
+
+def test_the_demo_from_start_to_report(stand_in):
+    args = ["demo", "--config", ROOT / "experiments/configs/demo.yaml", "--steps", 4, "--jobs", 3]
+    code, said = ask(*args)
+    assert code == 0, said
+    report = stand_in / "runs/demo/report/report.html"
+    assert report.is_file() and "the report: runs/demo/report/report.html" in said
+    rows = json.loads((stand_in / "runs/demo/report/metrics.json").read_text())
+    assert sorted(rows) == ["dapo-s0", "dapo_replay-s0", "fg_replay-s0"]
+    for arm in ("dapo", "dapo_replay", "fg_replay"): assert any(x.startswith(f"{arm}-s0 ") and "-  " not in x for x in said.splitlines())
+    again = ask(*args)[1]
+    assert again.count("train is done already") == 3 and "train finished" not in again
+
+def test_a_seed_and_an_arm_of_its_own(stand_in):
+    code, said = ask("demo", "--config", ROOT / "experiments/configs/demo.yaml", "--arms", "fg_plan", "--seed", 3, "--out", "runs/x", "--set", "train.rollouts=6")
+    assert "fg_plan-s3: train" in said
+    from fg_dapo.config import load_config
+    c = load_config("runs/x/configs/fg_plan-s3.yaml")
+    assert (c.arm, c.seed, c.train.rollouts) == ("fg_plan", 3, 6)

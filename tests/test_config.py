@@ -164,3 +164,7 @@ def test_arms_are_named_and_overridden(tmp_path):
 def test_a_broken_comparison_is_named(tmp_path, text, words):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words): load_arms(tmp_path / "a.yaml")
+
+def test_one_mistake_is_reported_once():
+    found = errors("train.rollouts=x", "algorithm.feedback_guidance.start_rollout=9")
+    assert len(found) == 1 and "train.rollouts" in found[0] # Not also that 9 exceeds the default of 8

@@ -125,7 +125,7 @@ def slow_stats(xs):
 def rows(draw):
     "Rewards, groups and conditions; few groups with numbers that lie side by side, so that a wrong key merges two of them."
     n, rng = draw(st.integers(1, 24)), random.Random(draw(st.integers(0, 2**32)))
-    return [rng.choice([0., .2, .3, .5, .7, 1.]) if rng.random() < .7 else 0. for _ in range(n)], [rng.choice([-5, 0, 1, 1000]) for _ in range(n)], [rng.random() < .5 for _ in range(n)]
+    return [rng.choice([-.5, 0., .2, .3, .7, 1.]) if rng.random() < .7 else -.5 for _ in range(n)], [rng.choice([-5, 0, 1, 1000]) for _ in range(n)], [rng.random() < .5 for _ in range(n)]
 
 def as_tensors(reward, group, guided): return torch.tensor(reward, dtype=torch.float64), torch.tensor(group), torch.tensor(guided)
 

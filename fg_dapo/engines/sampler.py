@@ -6,6 +6,7 @@
 __all__ = ['RaggedLayer', 'RaggedCache', 'grouped_attention', 'Job', 'Rollout', 'PromptTooLong', 'Sampler']
 
 # %% ../../nbs/engines/10_sampler.ipynb #ec5d92f0
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..agent.chat import chat_format
 from ..agent.episode import Episode, Limits
+from ..policy import Transcript
 from ..world.directory import CompanyDirectory
 from ..world.records import Scenario
 
@@ -86,10 +88,12 @@ class Rollout:
     ids:list[int] # Prompt, the policy's tokens, the tools' tokens
     mask:list[int] # 1 on the policy's tokens
     logp:list[float] # Log-probability of the policy's tokens when they were sampled, 0 elsewhere
-    text:str # The transcript
+    transcript:Transcript # The same as text
     truncated:bool=False # The length ran out
     @property
     def tokens(self)->int: return sum(self.mask)
+    @property
+    def text(self)->str: return str(self.transcript)
 
 class PromptTooLong(ValueError):
     "A prompt over its limit. It is refused rather than cut."
@@ -107,13 +111,12 @@ class Sampler:
         max_length:int=768, # Tokens of an episode, prompt included
         max_prompt_tokens:int=512,
         max_new_tokens:int=256, # Tokens of one turn
-        max_turns:int=10,
         temperature:float=1.0, # 0 is greedy
     ):
         self.model, self.tok, self.directory, self.chat, self.limits = model, tok, directory, chat_format(chat, limits.multi_turn), limits
-        self.rows, self.max_length, self.max_prompt_tokens, self.max_new_tokens, self.max_turns, self.temperature = rows, max_length, max_prompt_tokens, max_new_tokens, max_turns, temperature
+        self.rows, self.max_length, self.max_prompt_tokens, self.max_new_tokens, self.temperature = rows, max_length, max_prompt_tokens, max_new_tokens, temperature
         self.stop = tok.convert_tokens_to_ids(self.chat.stop)
-        self.device = next(model.parameters()).device
+        self.device, self.env_seconds = next(model.parameters()).device, 0.0 # Seconds the last run spent in the simulators
 
     def encode(self, text:str)->list[int]: return self.tok(text, add_special_tokens=False)["input_ids"]
 
@@ -123,6 +126,7 @@ class Sampler:
         on_done:Callable[[Rollout], Iterable[Job]]|None=None, # Told of each rollout; returns further jobs
     )->list[Rollout]: # In the order they finished
         "Play all jobs, and those that come up on the way."
+        self.env_seconds = 0.0
         was, attention = self.model.training, self.model.config._attn_implementation
         self.model.eval()
         self.model.set_attn_implementation("grouped")
@@ -136,7 +140,7 @@ class _Row:
     "An episode in progress."
     def __init__(self, sampler:Sampler, job:Job):
         self.job, self.prompt = job, sampler.chat.prompt(job.scenario.task.request, job.feedback)
-        self.episode, self.text, self.turns, self.begin = Episode(job.scenario, sampler.directory, sampler.limits), [], 0, 0
+        self.episode, self.turns, self.begin = Episode(job.scenario, sampler.directory, sampler.limits), [], 0
 
 class _Batch:
     "The state of one `Sampler.run`: rows 0 to `n` are live."
@@ -186,9 +190,10 @@ class _Batch:
         visible = torch.arange(upto, device=fed.device)[None, None, None, :] <= place[:, None, :, None]
         tokens = self.ids[:n].gather(1, place)
         hidden = self.s.model.model(input_ids=tokens, attention_mask=visible, position_ids=place, past_key_values=self.cache.at(place.where(real, self.s.max_length - 1), upto), use_cache=True).last_hidden_state
-        self.fed[:n] = new
         rows = (new == known).nonzero().squeeze(1)
-        if len(rows): self.sample(rows, hidden[rows, (known - fed - 1)[rows]] if k > 1 else hidden[rows, 0])
+        last = (known - fed - 1)[rows]
+        self.fed[:n] = new
+        if len(rows): self.sample(rows, hidden[rows, last])
 
     def sample(self, rows:torch.Tensor, hidden:torch.Tensor)->None:
         "Draw the next token of the rows that have read all they were given."
@@ -212,26 +217,23 @@ class _Batch:
         ids = self.ids[r, row.begin:known].tolist()
         cut = ids[-1] != s.stop
         text = s.tok.decode(ids, skip_special_tokens=True)
-        row.text.append(text + ("" if cut else s.chat.stop))
-        row.turns += 1
-        if cut: row.episode.stop()
-        else:
-            replies = row.episode.act(s.chat.parse(text))
-            if not row.episode.done and row.turns >= s.max_turns: row.episode.stop()
+        written, answer, start = text + ("" if cut else s.chat.stop), "", time.perf_counter()
+        if not cut: answer = s.chat.replies(row.episode.act(s.chat.parse(text)))
+        s.env_seconds += time.perf_counter() - start
         if not row.episode.done:
-            answer = s.chat.replies(replies)
             given = s.encode(answer)
-            if known + len(given) < s.max_length:
-                row.text.append(answer)
+            cut = cut or known + len(given) >= s.max_length
+            if not cut:
+                row.turns.append((written, answer))
                 return self.give(r, given)
-            cut = True
             row.episode.stop()
+        row.turns.append((written, ""))
         self.finish(r, cut)
 
     def finish(self, r:int, cut:bool)->None:
         "Hand the rollout out, and move the last row into the free place."
         row, known = self.row[r], int(self.known[r])
-        rollout = Rollout(row.job, row.episode, self.ids[r, :known].tolist(), self.mask[r, :known].int().tolist(), self.logp[r, :known].tolist(), row.prompt + "".join(row.text), cut)
+        rollout = Rollout(row.job, row.episode, self.ids[r, :known].tolist(), self.mask[r, :known].int().tolist(), self.logp[r, :known].tolist(), Transcript(row.prompt, tuple(row.turns)), cut)
         self.n -= 1
         last = self.row.pop()
         if r < self.n:

@@ -177,6 +177,7 @@ CAPTIONS = dict(
 QUESTION = ("Does showing a policy its own failures in words, to later rollouts of the same training group, make the policy without feedback (cold start) "
             "succeed after fewer rollouts?")
 
+# %% ../../nbs/evaluation/40_report.ipynb #c884f658
 def final_rates(evals:pd.DataFrame, mode="cold", acc="acc")->dict: # arm -> 'training' / 'heldout' / 'all' -> interval, with `n`, `step`, `rollouts`
     "Success of each arm at its last checkpoint."
     rows, out = final_stream(evals, mode) if len(evals) else evals, {}

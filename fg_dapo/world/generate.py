@@ -7,10 +7,10 @@ __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FR
            'PLAUSIBLE', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS', 'AREA_CODES', 'USER_AREA_CODES',
            'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS', 'STREETS', 'CAN_LACK',
            'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'LEVEL_MIX', 'SPLITS', 'UNSEEN', 'random_name',
-           'RequestType', 'request_text', 'odd_fields', 'rule_path', 'odd_path', 'phone_numbers', 'department_phones',
-           'ruled_company', 'random_company', 'random_fields', 'random_user', 'level_of', 'make_task',
-           'random_scenario', 'make_companies', 'make_users', 'split_pairs', 'pick', 'make_tasks', 'generate_world',
-           'rule_solves']
+           'RequestType', 'request_text', 'odd_fields', 'rule_path', 'odd_path', 'quota', 'phone_numbers',
+           'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields', 'random_user',
+           'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs', 'pick',
+           'make_tasks', 'generate_world', 'rule_solves']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
 import dataclasses, random
@@ -202,7 +202,7 @@ ALTERNATIVES = {("bank", CS): {"account_number": "phone_number"}, ("bank", FRAUD
 PLAUSIBLE = {i: tuple(f for f in AUTH_FIELDS if f not in (("pin", "credit_card_last4") if i == "insurance" else ("policy_number",))) for i in INDUSTRIES}
 
 # %% ../../nbs/world/20_generate.ipynb #c709a3c1
-ODD_FIELDS, ODD_HANDLER, ODD_ORDER = 0.15, 0.05, 0.15 # How often a company departs from the rule
+ODD_FIELDS, ODD_HANDLER, ODD_ORDER = 0.15, 0.05, 0.15 # Share of departments, of requests and of requests that depart from the rule
 
 def odd_fields(
     rng:random.Random, # Where chance comes from
@@ -229,17 +229,32 @@ def rule_path(
 def odd_path(
     rng:random.Random, # Where chance comes from
     path:tuple[str, ...], # What the rule says
-    has:tuple[str, ...], # The departments the company has
-)->tuple[str, ...]:
-    "`path` with a company's exceptions, if it has any here."
+    has:tuple[str, ...], # The departments the company has, 2 at least
+    handler:bool=True, # Another department does the work; not where the path goes to all there are
+    order:bool=True, # A department comes in before it, or drops out
+)->tuple[str, ...]: # At most 4
+    "`path` with a company's exceptions."
     *after, last = path
     others = [d for d in has if d not in path]
-    if rng.random() < ODD_HANDLER and others: last = rng.choice(others)
-    if rng.random() < ODD_ORDER:
+    if handler and others: last = rng.choice(others)
+    if order:
         more = [d for d in has if d != last and d not in after]
-        if after and (rng.random() < 0.5 or not more): after.remove(rng.choice(after))
-        elif more and len(after) < 3: after.insert(rng.randrange(len(after) + 1), rng.choice(more))
+        if after and (not more or len(after) == 3 or rng.random() < 0.5): after.remove(rng.choice(after))
+        else: after.insert(rng.randrange(len(after) + 1), rng.choice(more))
     return (*after, last)
+
+# %% ../../nbs/world/20_generate.ipynb #8a647631
+def quota(
+    rng:random.Random, # Where chance comes from: the order within a kind, and where counting begins
+    items:list, # To choose from
+    n:int, # How many; raises `ValueError` when there are fewer items
+    kind, # Item to its kind, anything that sorts
+)->list: # Exactly `n`; of a kind with a share `s` of the items, `n * s` rounded up or down
+    "Some of the items, evenly over their kinds."
+    if n > len(items): raise ValueError(f"cannot choose {n} of {len(items)} items")
+    items = sorted(rng.sample(items, len(items)), key=kind)
+    start = rng.random()
+    return [items[int((i + start) * len(items) / n)] for i in range(n)]
 
 # %% ../../nbs/world/20_generate.ipynb #8ff223f6
 DESCRIPTIONS = {CS: ("General questions", "First contact", "Your account"), BILLING: ("Bills and payments", "Charges", "Invoices"),
@@ -268,21 +283,40 @@ def ruled_company(
     rng:random.Random, # Where chance comes from
     id:str,
     name:str,
-    industry:str, # Whose rules it follows, but for its exceptions
+    industry:str, # Whose rules it follows
     heldout:bool,
     n_departments:int, # 2 to 5
     phones:list[str], # One for each department
 )->Company:
-    "A company that follows the rules of its industry, with some exceptions."
+    "A company that follows the rules of its industry without exceptions."
     has = [CS, *rng.sample(DEPARTMENTS[1:], n_departments - 1)]
     has, deps = tuple(d for d in DEPARTMENTS if d in has), []
     for d, phone in zip(has, phones):
-        fields = REQUIREMENTS[industry, d]
-        if rng.random() < ODD_FIELDS: fields = odd_fields(rng, fields, industry)
-        alternatives = {f: g for f, g in ALTERNATIVES.get((industry, d), {}).items() if f in fields and g not in fields}
-        deps.append(Department(d, phone, rng.choice(DESCRIPTIONS[d]), fields, alternatives))
-    paths = {k: odd_path(rng, p, has) for k in REQUESTS if (p := rule_path(k, industry, has))}
+        deps.append(Department(d, phone, rng.choice(DESCRIPTIONS[d]), REQUIREMENTS[industry, d], ALTERNATIVES.get((industry, d), {})))
+    paths = {k: p for k in REQUESTS if (p := rule_path(k, industry, has))}
     return Company(id, name, industry, heldout, tuple(deps), tuple(RoutingRule(k, p[-1], p[:-1]) for k, p in paths.items()))
+
+# %% ../../nbs/world/20_generate.ipynb #ad26b866
+def add_exceptions(
+    rng:random.Random, # Where chance comes from
+    companies:list[Company], # That follow the rules; training or held-out ones
+)->list[Company]: # The same, with the exact shares of odd departments and requests, rounded
+    "Companies with exceptions of their own."
+    deps = [(c, d.name) for c in companies for d in c.departments]
+    rules = [(c, r) for c in companies for r in c.routing]
+    def draw(share, of, among, kind): return {(c.id, getattr(x, "request_type", x)) for c, x in quota(rng, among, round(share * len(of)), kind)}
+    def kind(p): return len(p[1].path), p[0].industry
+    fields = draw(ODD_FIELDS, deps, deps, lambda p: (DEPARTMENTS.index(p[1]), p[0].industry))
+    handler = draw(ODD_HANDLER, rules, [(c, r) for c, r in rules if len(r.path) < len(c.departments)], kind)
+    order = draw(ODD_ORDER, rules, rules, kind)
+    def department(c, d):
+        if (c.id, d.name) not in fields: return d
+        new = odd_fields(rng, d.auth_fields, c.industry)
+        return dataclasses.replace(d, auth_fields=new, alternatives={f: g for f, g in d.alternatives.items() if f in new and g not in new})
+    def rule(c, r):
+        *after, last = odd_path(rng, r.path, tuple(d.name for d in c.departments), (c.id, r.request_type) in handler, (c.id, r.request_type) in order)
+        return RoutingRule(r.request_type, last, tuple(after))
+    return [dataclasses.replace(c, departments=tuple(department(c, d) for d in c.departments), routing=tuple(rule(c, r) for r in c.routing)) for c in companies]
 
 # %% ../../nbs/world/20_generate.ipynb #42200ed2
 def random_company(
@@ -396,11 +430,12 @@ def make_companies(seed:int)->list[Company]:
     for industry in INDUSTRIES:
         plan += [(industry, False, n) for n in TRAIN_SIZES] + [(industry, True, n) for n in HELDOUT_SIZES]
     rng.shuffle(plan)
-    out, phones = [], department_phones(rng, [n for _, _, n in plan])
+    ruled, phones = [], department_phones(rng, [n for _, _, n in plan])
     for i, ((industry, heldout, n), word) in enumerate(zip(plan, words)):
         r = rng_for(seed, "company", i)
-        out.append(ruled_company(r, f"c{i:03}", random_name(r, industry, word), industry, heldout, n, phones[i]))
-    return out
+        ruled.append(ruled_company(r, f"c{i:03}", random_name(r, industry, word), industry, heldout, n, phones[i]))
+    groups = [add_exceptions(rng_for(seed, "exceptions", h), [c for c in ruled if c.heldout == h]) for h in (False, True)]
+    return sorted((c for g in groups for c in g), key=lambda c: c.id)
 
 def make_users(seed:int)->list[UserProfile]:
     "The 500 users of a world: 400 have every field, 75 lack one, 25 lack two to four."

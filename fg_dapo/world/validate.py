@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core import read_json
 from .generate import MAX_ACCEPTED, SURNAMES, TEST_CARDS, level_of
-from .records import AUTH_FIELDS, Company, DataError, Task, UserProfile, _check, solve
+from .records import AUTH_FIELDS, Company, DataError, Task, UserProfile, check_rows, solve
 
 # %% ../../nbs/world/60_validate.ipynb #75791f2d
 def read_records(
@@ -34,10 +34,10 @@ def read_records(
             places = [f"{path}: item {i}" for i in range(len(rows))]
         if not rows and not errors: raise ValueError("holds nothing")
     except (OSError, ValueError, RecursionError) as e: return [], [str(e) if str(e).startswith(f"{path}:") else f"{path}: {e}"], []
-    try: return list(zip(places, _check(cls, rows, places.__getitem__))), errors, []
+    try: return list(zip(places, check_rows(cls, rows, places.__getitem__))), errors, []
     except DataError: good = []
     for place, row in zip(places, rows):
-        try: good += [(place, r) for r in _check(cls, [row], lambda i: place)]
+        try: good += [(place, r) for r in check_rows(cls, [row], lambda i: place)]
         except DataError as e:
             errors += e.errors
             if isinstance(row, dict): broken.append(str(row.get("id")))
