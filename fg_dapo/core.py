@@ -50,6 +50,7 @@ def atomic_write(
         if os.path.exists(tmp): os.unlink(tmp)
     return path
 
+# %% ../nbs/00_core.ipynb #8625f29c
 def to_json(
     x, # Dataclasses, paths and sets are understood
     indent:int|None=None, # Spaces of indentation
@@ -80,6 +81,7 @@ def append_jsonl(path:str|Path, row)->None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as f: f.write(to_json(row) + "\n")
 
+# %% ../nbs/00_core.ipynb #b8bf94a9
 def read_jsonl(
     path:str|Path, # One JSON object a line
     torn_tail:bool=False, # Drop a last line that a killed writer left unfinished
@@ -114,6 +116,7 @@ def git_commit()->str|None: # With `+` behind it when the tree has uncommitted c
     if head.returncode: return None
     return head.stdout.strip() + ("+" if git("status", "--porcelain", "-uno").stdout.strip() else "")
 
+# %% ../nbs/00_core.ipynb #8b9d8cec
 @dataclasses.dataclass(frozen=True)
 class RunDir:
     "A folder that holds one run: `manifest.json`, `metrics.jsonl`, `evals.jsonl`, `rollouts.jsonl`, checkpoints."

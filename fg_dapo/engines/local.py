@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -88,10 +89,11 @@ def forward_logp(
     mask:list[list[int]], # 1 on the tokens the policy wrote
     pad:int, # Id that fills rows up
     entropy:bool=False,
+    temperature:float=1.0, # That of sampling
 )->tuple[torch.Tensor, torch.Tensor, torch.Tensor|None]: # Log-probabilities [R, T-1], mask [R, T-1], entropy [R, T-1]
     "Log-probability of every token the policy wrote."
     device = next(model.parameters()).device
-    return masked_logp(model, pad_rows(ids, pad).to(device), pad_rows(mask, 0).to(device), entropy)
+    return masked_logp(model, pad_rows(ids, pad).to(device), pad_rows(mask, 0).to(device), entropy, temperature)
 
 def pieces(
     rows:list, # Anything
@@ -105,6 +107,7 @@ def pieces(
         else: out.append([r])
     return out
 
+# %% ../../nbs/engines/20_local.ipynb #671b5c76
 def policy_gradient(
     model, opt,
     samples:list[Sample], # All rollouts of the step
@@ -132,7 +135,7 @@ def policy_gradient(
         opt.zero_grad(set_to_none=True)
         for piece in pieces(part, lambda r: len(r[0].rollout.ids)):
             roll = [s.rollout for s, _ in piece]
-            logp, mask, h = forward_logp(model, [r.ids for r in roll], [r.mask for r in roll], pad, entropy=True)
+            logp, mask, h = forward_logp(model, [r.ids for r in roll], [r.mask for r in roll], pad, True, config.train.temperature)
             old = pad_rows([r.logp for r in roll], 0.0).to(logp.device)[:, 1:]
             loss, stat = dapo_loss(logp, old, t([x for _, x in piece], device=logp.device), mask, a.clip_low, a.clip_high, a.clip_c, tokens)
             (a.pg_weight * loss).backward()
@@ -192,6 +195,7 @@ def renamed(s:Scenario, name:str)->Scenario:
     task = dataclasses.replace(s.task, company_name=name, request=drop_name(s.task.request, s.company.name, name))
     return dataclasses.replace(s, task=task, company=dataclasses.replace(s.company, name=name))
 
+# %% ../../nbs/engines/20_local.ipynb #3d33e4fe
 def replay_updates(
     model, opt,
     replayer:Replayer,
@@ -228,6 +232,7 @@ def rollout_row(
         transcript=r.text, score=s.result["score"], acc=s.result["acc"], failure=s.result["failure"], feedback=s.result["feedback"], tokens=r.tokens,
         tool_calls=int(p["tool_calls"]), bad_calls=int(p["bad_calls"]), partial_scores=p, order_ok=p["order_ok"], best_tool_calls=p["best_tool_calls"], **more)
 
+# %% ../../nbs/engines/20_local.ipynb #cca7be5f
 def play_tasks(
     sampler:Sampler,
     scenarios:list[Scenario],
@@ -257,6 +262,7 @@ def summary(
         by_level={str(l): dict(n=n(lambda t: t.level == l), acc=acc(lambda t: t.level == l)) for l in levels},
         failures=dict(sorted(Counter(s.result["failure"] for s in samples if s.result["failure"]).items())))
 
+# %% ../../nbs/engines/20_local.ipynb #9147e927
 def step_metrics(
     samples:list[Sample],
     n:int, # Rollouts of a group
@@ -298,6 +304,7 @@ def checkpoints(run:RunDir)->list[Path]: # Oldest first
     "The complete checkpoints of a run."
     return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").exists())
 
+# %% ../../nbs/engines/20_local.ipynb #d3a812a0
 def load_optimizer(opt, folder:Path)->None:
     "Give an optimizer its moments back."
     if not (folder / "optimizer.safetensors").exists(): return
@@ -345,6 +352,7 @@ class Log:
         if self.board: self.board.close()
         if self.wandb: self.wandb.finish()
 
+# %% ../../nbs/engines/20_local.ipynb #ea1d4eae
 class Interrupt:
     "Ctrl-C finishes the step and saves; a second one stops at once."
     asked = False
@@ -399,41 +407,45 @@ class Trainer:
     def save(self)->Path:
         return save_checkpoint(self.run, self.step, self.model, self.tok, self.opt, dict(tasks=self.step * self.config.train.tasks_per_step, ledger=self.ledger.as_dict(), buffer=self.replayer.buffer.state_dict()))
 
-    def train_step(self)->tuple[dict, list[Sample]]:
-        "Sample, train, count."
-        c, tr, clock = self.config, self.config.train, time.perf_counter
-        t0 = clock()
-        order = task_order(len(self.scenarios), c.seed, self.step * tr.tasks_per_step, tr.tasks_per_step, c.data.shuffle)
-        samples = collect(self.sampler, [self.scenarios[i] for i in order], c, self.step)
-        t1 = clock()
-        self.model.train()
-        pg, kept = policy_gradient(self.model, self.opt, samples, c, self.tok.pad_token_id)
-        replay = dict(replay_loss=None, updates=0)
-        if c.algorithm.transfer.mode == "replay":
-            for s in samples:
-                if s.result["acc"] >= 1 and (e := to_entry(s, c.algorithm.transfer.reexecute)): self.replayer.buffer.add(e)
-            before = self.replayer.reexecuted
-            replay = replay_updates(self.model, self.opt, self.replayer, self.tok, self.step, c.seed)
-            self.ledger.add(reexecuted=self.replayer.reexecuted - before)
-        self.model.eval()
-        t2 = clock()
-        guided = sum(s.guided for s in samples)
-        self.ledger.add(rollouts_cold=len(samples) - guided, rollouts_guided=guided, tokens=sum(s.rollout.tokens for s in samples), updates=pg["updates"] + replay["updates"], seconds=t2 - t0)
-        self.ledger.add(rollouts_filtered=len(kept) - sum(kept))
-        self.step += 1
-        row = dict(step=self.step, tasks=self.step * tr.tasks_per_step, rollouts=self.ledger.rollouts, **{k: v for k, v in pg.items() if k != "updates"}, replay_loss=replay["replay_loss"],
-            **step_metrics(samples, tr.rollouts), buffer=len(self.replayer.buffer), solved_tasks=len(self.replayer.buffer.tasks),
-            seconds=dict(sample=t1 - t0 - self.sampler.env_seconds, env=self.sampler.env_seconds, update=t2 - t1), peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, ledger=self.ledger.as_dict())
-        return row, samples
+# %% ../../nbs/engines/20_local.ipynb #f61af1b5
+@patch
+def train_step(self:Trainer)->tuple[dict, list[Sample]]:
+    "Sample, train, count."
+    c, tr, clock = self.config, self.config.train, time.perf_counter
+    t0 = clock()
+    order = task_order(len(self.scenarios), c.seed, self.step * tr.tasks_per_step, tr.tasks_per_step, c.data.shuffle)
+    samples = collect(self.sampler, [self.scenarios[i] for i in order], c, self.step)
+    t1 = clock()
+    self.model.train()
+    pg, kept = policy_gradient(self.model, self.opt, samples, c, self.tok.pad_token_id)
+    replay = dict(replay_loss=None, updates=0)
+    if c.algorithm.transfer.mode == "replay":
+        for s in samples:
+            if s.result["acc"] >= 1 and (e := to_entry(s, c.algorithm.transfer.reexecute)): self.replayer.buffer.add(e)
+        before = self.replayer.reexecuted
+        replay = replay_updates(self.model, self.opt, self.replayer, self.tok, self.step, c.seed)
+        self.ledger.add(reexecuted=self.replayer.reexecuted - before)
+    self.model.eval()
+    t2 = clock()
+    guided = sum(s.guided for s in samples)
+    self.ledger.add(rollouts_cold=len(samples) - guided, rollouts_guided=guided, tokens=sum(s.rollout.tokens for s in samples), updates=pg["updates"] + replay["updates"], seconds=t2 - t0)
+    self.ledger.add(rollouts_filtered=len(kept) - sum(kept))
+    self.step += 1
+    row = dict(step=self.step, tasks=self.step * tr.tasks_per_step, rollouts=self.ledger.rollouts, **{k: v for k, v in pg.items() if k != "updates"}, replay_loss=replay["replay_loss"],
+        **step_metrics(samples, tr.rollouts), buffer=len(self.replayer.buffer), solved_tasks=len(self.replayer.buffer.tasks),
+        seconds=dict(sample=t1 - t0 - self.sampler.env_seconds, env=self.sampler.env_seconds, update=t2 - t1), peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, ledger=self.ledger.as_dict())
+    return row, samples
 
-    def evaluate(self)->dict:
-        "Cold start on evaluation tasks."
-        e, tr = self.config.evaluation, self.config.train
-        scenarios = self.world.scenarios("val")[:tr.eval_tasks]
-        samples = play_tasks(make_sampler(self.model, self.tok, self.world, self.config, e.temperature), scenarios, seed_for(self.config.seed, "eval", self.step), e.samples)
-        return dict(step=self.step, tasks=self.step * tr.tasks_per_step, rollouts=self.ledger.rollouts, tokens=self.ledger.tokens, seconds=self.ledger.seconds, split="val", mode="cold",
-            temperature=e.temperature, k=e.samples, **summary(samples))
+@patch
+def evaluate(self:Trainer)->dict:
+    "Cold start on evaluation tasks."
+    e, tr = self.config.evaluation, self.config.train
+    scenarios = self.world.scenarios("val")[:tr.eval_tasks]
+    samples = play_tasks(make_sampler(self.model, self.tok, self.world, self.config, e.temperature), scenarios, seed_for(self.config.seed, "eval", self.step), e.samples)
+    return dict(step=self.step, tasks=self.step * tr.tasks_per_step, rollouts=self.ledger.rollouts, tokens=self.ledger.tokens, seconds=self.ledger.seconds, split="val", mode="cold",
+        temperature=e.temperature, k=e.samples, **summary(samples))
 
+# %% ../../nbs/engines/20_local.ipynb #1192e4bd
 def train(
     config:RunConfig,
     out:str|Path, # The run's folder

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -136,6 +137,7 @@ class Sampler:
             self.model.set_attn_implementation(attention)
             self.model.train(was)
 
+# %% ../../nbs/engines/10_sampler.ipynb #35525f2f
 class _Row:
     "An episode in progress."
     def __init__(self, sampler:Sampler, job:Job):
@@ -176,69 +178,75 @@ class _Batch:
         self.ids[r, start:start + len(ids)] = torch.tensor(ids, device=self.s.device)
         self.known[r] = self.row[r].begin = start + len(ids)
 
-    def advance(self)->None:
-        "One step of the model for all rows."
-        n, fed, known = self.n, self.fed[:self.n], self.known[:self.n]
-        waiting = known - fed
-        k = int(waiting.max())
-        if k > 1 and int((waiting > 1).sum()) * 4 < n: k = 1
-        place = fed[:, None] + torch.arange(k, device=fed.device)
-        real = place < known[:, None]
-        place = place.clamp(max=self.s.max_length - 1)
-        new = torch.minimum(fed + k, known)
-        upto = int(new.max())
-        visible = torch.arange(upto, device=fed.device)[None, None, None, :] <= place[:, None, :, None]
-        tokens = self.ids[:n].gather(1, place)
-        hidden = self.s.model.model(input_ids=tokens, attention_mask=visible, position_ids=place, past_key_values=self.cache.at(place.where(real, self.s.max_length - 1), upto), use_cache=True).last_hidden_state
-        rows = (new == known).nonzero().squeeze(1)
-        last = (known - fed - 1)[rows]
-        self.fed[:n] = new
-        if len(rows): self.sample(rows, hidden[rows, last])
+# %% ../../nbs/engines/10_sampler.ipynb #2208dfe5
+@patch
+def advance(self:_Batch)->None:
+    "One step of the model for all rows."
+    n, fed, known = self.n, self.fed[:self.n], self.known[:self.n]
+    waiting = known - fed
+    k = int(waiting.max())
+    if k > 1 and int((waiting > 1).sum()) * 4 < n: k = 1
+    place = fed[:, None] + torch.arange(k, device=fed.device)
+    real = place < known[:, None]
+    place = place.clamp(max=self.s.max_length - 1)
+    new = torch.minimum(fed + k, known)
+    upto = int(new.max())
+    visible = torch.arange(upto, device=fed.device)[None, None, None, :] <= place[:, None, :, None]
+    tokens = self.ids[:n].gather(1, place)
+    hidden = self.s.model.model(input_ids=tokens, attention_mask=visible, position_ids=place, past_key_values=self.cache.at(place.where(real, self.s.max_length - 1), upto), use_cache=True).last_hidden_state
+    rows = (new == known).nonzero().squeeze(1)
+    last = (known - fed - 1)[rows]
+    self.fed[:n] = new
+    if len(rows): self.sample(rows, hidden[rows, last])
 
-    def sample(self, rows:torch.Tensor, hidden:torch.Tensor)->None:
-        "Draw the next token of the rows that have read all they were given."
-        logits = self.s.model.lm_head(hidden).float()
-        if self.s.temperature > 0:
-            logp = torch.log_softmax(logits / self.s.temperature, -1)
-            token = torch.multinomial(logp.exp(), 1, generator=self.generator)
-        else:
-            logp = torch.log_softmax(logits, -1)
-            token = logp.argmax(-1, keepdim=True)
-        at = self.known[rows]
-        self.ids[rows, at], self.mask[rows, at], self.logp[rows, at] = token[:, 0], True, logp.gather(1, token)[:, 0]
-        self.known[rows] = at + 1
-        begin = torch.tensor([self.row[r].begin for r in rows.tolist()], device=at.device)
-        ended = (token[:, 0] == self.s.stop) | (at + 1 >= self.s.max_length) | (at + 1 - begin >= self.s.max_new_tokens)
-        for r in sorted(rows[ended].tolist(), reverse=True): self.turn(r)
+@patch
+def sample(self:_Batch, rows:torch.Tensor, hidden:torch.Tensor)->None:
+    "Draw the next token of the rows that have read all they were given."
+    logits = self.s.model.lm_head(hidden).float()
+    if self.s.temperature > 0:
+        logp = torch.log_softmax(logits / self.s.temperature, -1)
+        token = torch.multinomial(logp.exp(), 1, generator=self.generator)
+    else:
+        logp = torch.log_softmax(logits, -1)
+        token = logp.argmax(-1, keepdim=True)
+    at = self.known[rows]
+    self.ids[rows, at], self.mask[rows, at], self.logp[rows, at] = token[:, 0], True, logp.gather(1, token)[:, 0]
+    self.known[rows] = at + 1
+    begin = torch.tensor([self.row[r].begin for r in rows.tolist()], device=at.device)
+    ended = (token[:, 0] == self.s.stop) | (at + 1 >= self.s.max_length) | (at + 1 - begin >= self.s.max_new_tokens)
+    for r in sorted(rows[ended].tolist(), reverse=True): self.turn(r)
 
-    def turn(self, r:int)->None:
-        "The agent has written a turn: let the episode answer it, or end."
-        row, s, known = self.row[r], self.s, int(self.known[r])
-        ids = self.ids[r, row.begin:known].tolist()
-        cut = ids[-1] != s.stop
-        text = s.tok.decode(ids, skip_special_tokens=True)
-        written, answer, start = text + ("" if cut else s.chat.stop), "", time.perf_counter()
-        if not cut: answer = s.chat.replies(row.episode.act(s.chat.parse(text)))
-        s.env_seconds += time.perf_counter() - start
-        if not row.episode.done:
-            given = s.encode(answer)
-            cut = cut or known + len(given) >= s.max_length
-            if not cut:
-                row.turns.append((written, answer))
-                return self.give(r, given)
-            row.episode.stop()
-        row.turns.append((written, ""))
-        self.finish(r, cut)
+# %% ../../nbs/engines/10_sampler.ipynb #f74afc29
+@patch
+def turn(self:_Batch, r:int)->None:
+    "The agent has written a turn: let the episode answer it, or end."
+    row, s, known = self.row[r], self.s, int(self.known[r])
+    ids = self.ids[r, row.begin:known].tolist()
+    cut = ids[-1] != s.stop
+    text = s.tok.decode(ids, skip_special_tokens=True)
+    written, answer, start = text + ("" if cut else s.chat.stop), "", time.perf_counter()
+    if not cut: answer = s.chat.replies(row.episode.act(s.chat.parse(text)))
+    s.env_seconds += time.perf_counter() - start
+    if not row.episode.done:
+        given = s.encode(answer)
+        cut = cut or known + len(given) >= s.max_length
+        if not cut:
+            row.turns.append((written, answer))
+            return self.give(r, given)
+        row.episode.stop()
+    row.turns.append((written, ""))
+    self.finish(r, cut)
 
-    def finish(self, r:int, cut:bool)->None:
-        "Hand the rollout out, and move the last row into the free place."
-        row, known = self.row[r], int(self.known[r])
-        rollout = Rollout(row.job, row.episode, self.ids[r, :known].tolist(), self.mask[r, :known].int().tolist(), self.logp[r, :known].tolist(), Transcript(row.prompt, tuple(row.turns)), cut)
-        self.n -= 1
-        last = self.row.pop()
-        if r < self.n:
-            self.row[r] = last
-            self.cache.move(self.n, r)
-            for t in (self.ids, self.mask, self.logp, self.fed, self.known): t[r] = t[self.n]
-        self.out.append(rollout)
-        if self.on_done: self.queue.extend(self.on_done(rollout))
+@patch
+def finish(self:_Batch, r:int, cut:bool)->None:
+    "Hand the rollout out, and move the last row into the free place."
+    row, known = self.row[r], int(self.known[r])
+    rollout = Rollout(row.job, row.episode, self.ids[r, :known].tolist(), self.mask[r, :known].int().tolist(), self.logp[r, :known].tolist(), Transcript(row.prompt, tuple(row.turns)), cut)
+    self.n -= 1
+    last = self.row.pop()
+    if r < self.n:
+        self.row[r] = last
+        self.cache.move(self.n, r)
+        for t in (self.ids, self.mask, self.logp, self.fed, self.known): t[r] = t[self.n]
+    self.out.append(rollout)
+    if self.on_done: self.queue.extend(self.on_done(rollout))

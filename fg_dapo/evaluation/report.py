@@ -8,7 +8,8 @@ __all__ = ['CAPTIONS', 'QUESTION', 'CLAIMS', 'LEDGER', 'CSS', 'HTML', 'Run', 'lo
            'final_rates', 'compare', 'ratio_text', 'main_arms', 'caveat', 'warnings', 'arm_card', 'answer',
            'comparison', 'claims_section', 'cost', 'efficiency', 'within', 'levels', 'aggregate', 'failures',
            'with_feedback', 'reliability', 'example_group', 'outcome', 'example', 'flatten', 'settings', 'provenance',
-           'how_to_read', 'md_escape', 'md_block', 'to_markdown', 'to_html', 'build_report', 'write_report']
+           'how_to_read', 'md_escape', 'md_block', 'to_markdown', 'to_html', 'build_report', 'ceiling_of',
+           'write_report']
 
 # %% ../../nbs/evaluation/40_report.ipynb #85d3456b
 import base64, dataclasses, re
@@ -19,6 +20,8 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from ..world.generate import rules_ceiling
+from ..world.records import DataError, load_world
 from ..core import atomic_write, read_json, read_jsonl, write_json
 from . import plots
 from .failures import failure_counts, failure_table, feedback_effect
@@ -594,16 +597,24 @@ def build_report(
         example(runs), settings(runs), provenance(runs), how_to_read(runs)]
     return [p for p in parts if p]
 
+def ceiling_of(
+    runs:list[Run],
+)->dict|None: # `None` when the runs do not share a world, or its files are not there
+    "What the rules alone reach in the world the runs were made in."
+    folders = {r.manifest.get("config", {}).get("data", {}).get("folder") for r in runs}
+    try: return rules_ceiling(load_world(folders.pop())) if len(folders) == 1 and None not in folders else None
+    except DataError: return None
+
 def write_report(
     run_dirs, # Run folders, or folders that hold them
     out_dir:str|Path, # Where report.html, report.md, figures/ and metrics.json go
     title:str="Feedback-guided DAPO: report",
-    ceiling:dict|None=None, # Success that knowing only the rules reaches, by 'training' and 'heldout'
+    ceiling:dict|None=None, # Success that knowing only the rules reaches, by 'training' and 'heldout'; worked out from the runs' own data when left out
     claims:dict|None=None, # Claim (see `CLAIMS`) to the threshold written down before the run
 )->Path: # The HTML page
     "Write the report on some runs, in Markdown and as one HTML page."
     runs, out = load_runs(run_dirs), Path(out_dir)
-    sections = build_report(runs, ceiling, claims)
+    sections = build_report(runs, ceiling or ceiling_of(runs), claims)
     for b in (b for s in sections for b in s.blocks if b.kind == "figure"): atomic_write(out / "figures" / f"{b.name}.png", b.png)
     write_json(out / "metrics.json", {f"{r.arm}-s{r.seed}": compute_all_metrics(dict(evals=r.evals, rollouts=r.eval_rollouts)) for r in runs})
     atomic_write(out / "report.md", to_markdown(title, sections))

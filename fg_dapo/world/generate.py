@@ -10,7 +10,7 @@ __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FR
            'RequestType', 'request_text', 'odd_fields', 'rule_path', 'odd_path', 'quota', 'phone_numbers',
            'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields', 'random_user',
            'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs', 'pick',
-           'make_tasks', 'generate_world', 'rule_solves']
+           'make_tasks', 'generate_world', 'rule_solves', 'rules_ceiling']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
 import dataclasses, random
@@ -532,3 +532,12 @@ def rule_solves(
     form = {f for d in path for f in (*REQUIREMENTS[c.industry, d], *ALTERNATIVES.get((c.industry, d), {}).values())}
     superfluous = form.difference(scenario.accepted)
     return path == truth.path and form.issuperset(truth.required_fields + truth.missing) and len(superfluous) <= scenario.user.tolerance
+
+def rules_ceiling(
+    world:World,
+)->dict[str, float]: # `training` and `heldout`: share of validation and test tasks
+    "What the rules alone solve, on training companies and on held-out ones."
+    solved = dict(training=[], heldout=[])
+    for split in ("val", "test"):
+        for s in world.scenarios(split): solved["heldout" if s.task.heldout else "training"].append(rule_solves(s))
+    return {k: sum(v) / len(v) for k, v in solved.items()}

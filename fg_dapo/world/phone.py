@@ -8,6 +8,8 @@ __all__ = ['CSR_PHRASES', 'AuthResult', 'RoutingResult', 'ServiceResult', 'CallR
 # %% ../../nbs/world/50_phone.ipynb #00edd5e8
 from dataclasses import dataclass, field, replace
 
+from fastcore.basics import patch
+
 from ..core import seed_for
 from .records import Department, Scenario
 
@@ -96,40 +98,48 @@ class PhoneSystemSimulator:
         if not routing.ok: return CallResult("routing", dept.name, auth, routing)
         return CallResult("service", dept.name, auth, routing, self._provide_service(dept, request))
 
-    def _authenticate(self, dept:Department, auth_info:dict)->AuthResult:
-        known, verified, missing, wrong, offered = self.scenario.user.fields, [], [], [], {}
-        for f in dept.auth_fields:
-            instead = dept.alternatives.get(f)
-            given = f if f in auth_info or instead not in auth_info else instead
-            if given not in auth_info:
-                missing.append(f)
-                if instead: offered[f] = instead
-            elif same_value(auth_info[given], known.get(given)): verified.append(given)
-            else: wrong.append(given)
-        return AuthResult(tuple(verified), tuple(missing), tuple(wrong), offered)
+# %% ../../nbs/world/50_phone.ipynb #ed06b1db
+@patch
+def _authenticate(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->AuthResult:
+    "What can be verified."
+    known, verified, missing, wrong, offered = self.scenario.user.fields, [], [], [], {}
+    for f in dept.auth_fields:
+        instead = dept.alternatives.get(f)
+        given = f if f in auth_info or instead not in auth_info else instead
+        if given not in auth_info:
+            missing.append(f)
+            if instead: offered[f] = instead
+        elif same_value(auth_info[given], known.get(given)): verified.append(given)
+        else: wrong.append(given)
+    return AuthResult(tuple(verified), tuple(missing), tuple(wrong), offered)
 
-    def _check_routing(self, dept:Department, call_history:list, request:str)->RoutingResult:
-        rule = self.scenario.company.rule(request)
-        if dept.name not in rule.path: return RoutingResult(redirect_to=rule.department)
-        served = {c.department for c in call_history if c.stage == "service"}
-        before = rule.path[:rule.path.index(dept.name)]
-        return RoutingResult(need_first=next((d for d in before if d not in served), None))
+@patch
+def _check_routing(self:PhoneSystemSimulator, dept:Department, call_history:list, request:str)->RoutingResult:
+    "Whether the department takes the request, given who was called before."
+    rule = self.scenario.company.rule(request)
+    if dept.name not in rule.path: return RoutingResult(redirect_to=rule.department)
+    served = {c.department for c in call_history if c.stage == "service"}
+    before = rule.path[:rule.path.index(dept.name)]
+    return RoutingResult(need_first=next((d for d in before if d not in served), None))
 
-    def _provide_service(self, dept:Department, request:str)->ServiceResult:
-        path = self.scenario.company.rule(request).path
-        i = path.index(dept.name)
-        return ServiceResult(True) if i == len(path) - 1 else ServiceResult(False, path[i+1])
+@patch
+def _provide_service(self:PhoneSystemSimulator, dept:Department, request:str)->ServiceResult:
+    "Do the department's part of the request."
+    path = self.scenario.company.rule(request).path
+    i = path.index(dept.name)
+    return ServiceResult(True) if i == len(path) - 1 else ServiceResult(False, path[i+1])
 
-    def _generate_csr_response(self, result:CallResult, phone:str)->str:
-        "Words for the facts of `result`."
-        pick = seed_for(self.seed, "csr", self.scenario.task.id, len(self.history))
-        def say(key, **kw): return CSR_PHRASES[key][pick % len(CSR_PHRASES[key])].format(department=result.department, **kw)
-        if result.stage == "connect": return say("connect", phone=phone)
-        if result.stage == "authentication":
-            a = result.auth
-            said = [say(k, fields=", ".join(v)) for k in ("verified", "missing", "wrong") if (v := getattr(a, k))]
-            return " ".join(said + [say("offered", field=f, instead=i) for f, i in a.offered.items()])
-        if result.stage == "routing":
-            r = result.routing
-            return say("redirect", redirect_to=r.redirect_to) if r.redirect_to else say("need_first", need_first=r.need_first)
-        return say("done") if result.service.done else say("reference", next_department=result.service.next_department)
+@patch
+def _generate_csr_response(self:PhoneSystemSimulator, result:CallResult, phone:str)->str:
+    "Words for the facts of `result`."
+    pick = seed_for(self.seed, "csr", self.scenario.task.id, len(self.history))
+    def say(key, **kw): return CSR_PHRASES[key][pick % len(CSR_PHRASES[key])].format(department=result.department, **kw)
+    if result.stage == "connect": return say("connect", phone=phone)
+    if result.stage == "authentication":
+        a = result.auth
+        said = [say(k, fields=", ".join(v)) for k in ("verified", "missing", "wrong") if (v := getattr(a, k))]
+        return " ".join(said + [say("offered", field=f, instead=i) for f, i in a.offered.items()])
+    if result.stage == "routing":
+        r = result.routing
+        return say("redirect", redirect_to=r.redirect_to) if r.redirect_to else say("need_first", need_first=r.need_first)
+    return say("done") if result.service.done else say("reference", next_department=result.service.next_department)
