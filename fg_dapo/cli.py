@@ -159,7 +159,7 @@ def _need_inputs(
 
 @app.command()
 def warmstart(
-    out:Annotated[Path, typer.Option(help="Folder for the model: safetensors and tokenizer.")] = Path("checkpoints/tiny"),
+    out:Annotated[Path, typer.Option(help="Folder for the model: safetensors and tokenizer.")] = Path("data/tiny"),
     seed:Annotated[int, typer.Option(min=0, help="Seed of the weights and the demonstrations.")] = 0,
     steps:Annotated[int|None, typer.Option(min=1, help="Steps of demonstrations, after those of copying. Default: the recipe's.")] = None,
     copy_steps:Annotated[int|None, typer.Option(min=0, help="Steps of repeated segments, which teach copying. Default: the recipe's.")] = None,
@@ -171,7 +171,7 @@ def warmstart(
     It is trained on expert demonstrations at random companies, so that it knows the tools and no company.
 
     \b
-    Example: fg-dapo warmstart --out checkpoints/tiny
+    Example: fg-dapo warmstart --out data/tiny
     """
     from fg_dapo.demo import is_model
     if is_model(out) and not force: raise ValueError(f"{out} already holds a model; choose another --out, or --force to replace it")
@@ -281,7 +281,7 @@ def config(
 @app.command()
 def doctor(
     folder:Folder = Path("data"),
-    checkpoint:Annotated[Path, typer.Option(help="Model folder to look for.")] = Path("checkpoints/tiny"),
+    checkpoint:Annotated[Path, typer.Option(help="Model folder to look for.")] = Path("data/tiny"),
 ):
     """Check this machine, and say how to repair it.
 

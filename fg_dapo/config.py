@@ -45,7 +45,7 @@ class DataConfig(Section):
 
 class PolicyConfig(Section):
     "Which model is trained."
-    checkpoint:str = Field("checkpoints/tiny", description="Hugging Face folder to start from: safetensors and tokenizer")
+    checkpoint:str = Field("data/tiny", description="Hugging Face folder to start from: safetensors and tokenizer")
 
 # %% ../nbs/05_config.ipynb #45453a06
 class OverlongConfig(Section):

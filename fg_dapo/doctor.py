@@ -114,7 +114,7 @@ def check_data(
     return Check("data", "ok", f"{len(world.companies)} companies, {len(world.users)} users, {sum(map(len, world.tasks.values()))} tasks")
 
 def check_checkpoint(
-    folder:str|Path="checkpoints/tiny", # A Hugging Face folder
+    folder:str|Path="data/tiny", # A Hugging Face folder
 )->Check:
     "Is there a model to start from?"
     folder = Path(folder)
@@ -125,7 +125,7 @@ def check_checkpoint(
 # %% ../nbs/80_doctor.ipynb #24402a35
 def diagnose(
     data:str|Path="data", # Data folder
-    checkpoint:str|Path="checkpoints/tiny", # Model folder
+    checkpoint:str|Path="data/tiny", # Model folder
     out:str|Path=".", # Where runs will be written
 )->list[Check]:
     "Every check, in the order in which to repair."

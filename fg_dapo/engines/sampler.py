@@ -38,10 +38,11 @@ class RaggedLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         "Write the new states where each row ends; return all up to the longest row."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-        r, row, place, upto = key_states.shape[0], *self.where
-        self.keys[row, :, place] = key_states.transpose(1, 2)
-        self.values[row, :, place] = value_states.transpose(1, 2)
-        return self.keys[:r, :, :upto], self.values[:r, :, :upto]
+        rows, place, upto = self.where
+        self.keys[rows[:, None], :, place] = key_states.transpose(1, 2)
+        self.values[rows[:, None], :, place] = value_states.transpose(1, 2)
+        if len(rows) == rows[-1] + 1: return self.keys[:len(rows), :, :upto], self.values[:len(rows), :, :upto]
+        return self.keys[rows, :, :upto], self.values[rows, :, :upto]
     def get_mask_sizes(self, query_length): return self.where[2], 0
     def get_seq_length(self): return 0
     def get_max_cache_shape(self): return self.length
@@ -50,10 +51,9 @@ class RaggedCache(Cache):
     "A cache whose rows have lengths of their own."
     def __init__(self, layers:int, rows:int, length:int):
         super().__init__(layers=[RaggedLayer(rows, length) for _ in range(layers)])
-    def at(self, place:torch.Tensor, upto:int)->"RaggedCache":
-        "Where the next tokens go: `place` [R, k] positions, `upto` the longest row after them."
-        where = (torch.arange(place.shape[0], device=place.device)[:, None].expand_as(place), place, upto)
-        for layer in self.layers: layer.where = where
+    def at(self, rows:torch.Tensor, place:torch.Tensor, upto:int)->"RaggedCache":
+        "Where the next tokens go: `rows` [R] in rising order, `place` [R, k] positions, `upto` the longest of these rows after them."
+        for layer in self.layers: layer.where = (rows, place, upto)
         return self
     def move(self, a:int, b:int)->None:
         "Copy row `a` over row `b`."
@@ -181,23 +181,27 @@ class _Batch:
 # %% ../../nbs/engines/10_sampler.ipynb #2208dfe5
 @patch
 def advance(self:_Batch)->None:
-    "One step of the model for all rows."
-    n, fed, known = self.n, self.fed[:self.n], self.known[:self.n]
-    waiting = known - fed
-    k = int(waiting.max())
-    if k > 1 and int((waiting > 1).sum()) * 4 < n: k = 1
+    "One step: the rows with much to read, once they are many, or else one token for every row."
+    waiting = (self.known - self.fed)[:self.n]
+    reading = (waiting > 1).nonzero().squeeze(1)
+    if 0 < len(reading) and (len(reading) * 8 >= self.n or len(reading) >= 16): self.feed(reading, int(waiting.max()))
+    else: self.feed(torch.arange(self.n, device=waiting.device), 1)
+
+@patch
+def feed(self:_Batch, rows:torch.Tensor, k:int)->None:
+    "Let the model read up to `k` tokens of some rows."
+    fed, known, end = self.fed[rows], self.known[rows], self.s.max_length - 1
     place = fed[:, None] + torch.arange(k, device=fed.device)
-    real = place < known[:, None]
-    place = place.clamp(max=self.s.max_length - 1)
+    real, place = place < known[:, None], place.clamp(max=end)
     new = torch.minimum(fed + k, known)
     upto = int(new.max())
-    visible = torch.arange(upto, device=fed.device)[None, None, None, :] <= place[:, None, :, None]
-    tokens = self.ids[:n].gather(1, place)
-    hidden = self.s.model.model(input_ids=tokens, attention_mask=visible, position_ids=place, past_key_values=self.cache.at(place.where(real, self.s.max_length - 1), upto), use_cache=True).last_hidden_state
-    rows = (new == known).nonzero().squeeze(1)
-    last = (known - fed - 1)[rows]
-    self.fed[:n] = new
-    if len(rows): self.sample(rows, hidden[rows, last])
+    hidden_from = torch.arange(upto, device=fed.device)[None, None, None, :] > place[:, None, :, None]
+    mask = torch.zeros(hidden_from.shape, dtype=self.s.model.dtype, device=fed.device).masked_fill_(hidden_from, -torch.inf)
+    hidden = self.s.model.model(input_ids=self.ids[rows].gather(1, place), attention_mask=mask, position_ids=place,
+        past_key_values=self.cache.at(rows, place.where(real, end), upto), use_cache=True).last_hidden_state
+    self.fed[rows] = new
+    ready = (new == known).nonzero().squeeze(1)
+    if len(ready): self.sample(rows[ready], hidden[ready, (known - fed - 1)[ready]])
 
 @patch
 def sample(self:_Batch, rows:torch.Tensor, hidden:torch.Tensor)->None:
@@ -205,7 +209,9 @@ def sample(self:_Batch, rows:torch.Tensor, hidden:torch.Tensor)->None:
     logits = self.s.model.lm_head(hidden).float()
     if self.s.temperature > 0:
         logp = torch.log_softmax(logits / self.s.temperature, -1)
-        token = torch.multinomial(logp.exp(), 1, generator=self.generator)
+        cdf = logp.exp().cumsum(-1)
+        u = torch.rand(len(rows), 1, generator=self.generator, device=cdf.device) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)
     else:
         logp = torch.log_softmax(logits, -1)
         token = logp.argmax(-1, keepdim=True)
