@@ -302,7 +302,7 @@ def doctor(
 # %% ../nbs/90_cli.ipynb #2957a0da
 @app.command()
 def demo(
-    arms:Annotated[str, typer.Option(help="Arms to run, with commas between.")] = "dapo,dapo_replay,fg_replay",
+    arms:Annotated[str, typer.Option(help="Arms to run, with commas between.")] = "fg_replay,dapo_replay,dapo",
     steps:Annotated[int|None, typer.Option(min=1, help="Training steps of each arm. Default: what the file says.")] = None,
     seed:Annotated[int, typer.Option(min=0, help="Seed of every arm.")] = 0,
     jobs:Annotated[int, typer.Option(min=1, help="Arms to train at a time, with one CPU thread each.")] = 2,

@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..agent.chat import chat_format
 from ..agent.episode import Episode, Limits
+from ..method.objective import token_logp
 from ..policy import Transcript
 from ..world.directory import CompanyDirectory
 from ..world.records import Scenario
@@ -208,15 +209,13 @@ def sample(self:_Batch, rows:torch.Tensor, hidden:torch.Tensor)->None:
     "Draw the next token of the rows that have read all they were given."
     logits = self.s.model.lm_head(hidden).float()
     if self.s.temperature > 0:
-        logp = torch.log_softmax(logits / self.s.temperature, -1)
-        cdf = logp.exp().cumsum(-1)
+        cdf = torch.softmax(logits / self.s.temperature, -1).cumsum(-1)
         u = torch.rand(len(rows), 1, generator=self.generator, device=cdf.device) * cdf[:, -1:]
         token = torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[-1] - 1)
-    else:
-        logp = torch.log_softmax(logits, -1)
-        token = logp.argmax(-1, keepdim=True)
+    else: token = logits.argmax(-1, keepdim=True)
+    logp = token_logp(logits, token[:, 0], self.s.temperature or 1.0)
     at = self.known[rows]
-    self.ids[rows, at], self.mask[rows, at], self.logp[rows, at] = token[:, 0], True, logp.gather(1, token)[:, 0]
+    self.ids[rows, at], self.mask[rows, at], self.logp[rows, at] = token[:, 0], True, logp
     self.known[rows] = at + 1
     begin = torch.tensor([self.row[r].begin for r in rows.tolist()], device=at.device)
     ended = (token[:, 0] == self.s.stop) | (at + 1 >= self.s.max_length) | (at + 1 - begin >= self.s.max_new_tokens)
