@@ -130,5 +130,4 @@ def main(argv=None):
     for what, measured, wanted in table(a.checkpoint, a.data, a.vllm_python, a.threads): print(f"{what:75} {measured:>20}   {wanted}", flush=True)
 
 # %% ../nbs/95_bench.ipynb #b76c1495
-#| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()
