@@ -33,7 +33,7 @@ def bench_sampler(
     data:str|Path="data",
     rows:int=128, # Sequences at a time
     threads:int=1,
-)->dict: # tokens_per_s, tokens, episodes, prompts (ids), mean_new
+)->dict: # tokens_per_s, tokens, episodes, prompts and read (ids), mean_new
     "Tokens the policy samples a second, over whole episodes."
     import torch
     from fg_dapo.config import RunConfig
@@ -49,20 +49,21 @@ def bench_sampler(
     out = sampler.run([Job(s) for s in scenarios], seed=1)
     seconds, tokens = time.perf_counter() - start, sum(r.tokens for r in out)
     return dict(tokens_per_s=tokens / seconds, tokens=tokens, episodes=len(out), seconds=seconds, env_share=sampler.env_seconds / seconds,
-        prompts=[sampler.encode(sampler.chat.prompt(s.task.request)) for s in scenarios], mean_new=round(tokens / len(out)))
+        prompts=[sampler.encode(sampler.chat.prompt(s.task.request)) for s in scenarios], read=[[i for i, m in zip(r.ids, r.mask) if not m] for r in out], mean_new=round(tokens / len(out)))
 
 VLLM_SCRIPT = """
 import json, os, sys, time
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(json.load(open(sys.argv[1]))["threads"]))
 job = json.load(open(sys.argv[1]))
 from vllm import LLM, SamplingParams
-llm = LLM(job["checkpoint"], dtype="float32", enforce_eager=True, max_num_seqs=job["rows"], max_model_len=1024, seed=0, disable_log_stats=True)
+llm = LLM(job["checkpoint"], dtype="float32", enforce_eager=True, enable_prefix_caching=False, max_num_seqs=job["rows"], max_model_len=1024, seed=0, disable_log_stats=True)
 params = SamplingParams(temperature=1.0, max_tokens=job["mean_new"], ignore_eos=True, detokenize=False)
-prompts = [dict(prompt_token_ids=p) for p in job["prompts"]]
-llm.generate(prompts[:32], params, use_tqdm=False)
-start = time.perf_counter()
-out = llm.generate(prompts, params, use_tqdm=False)
-print("RATE", sum(len(o.outputs[0].token_ids) for o in out) / (time.perf_counter() - start))
+for name in ("prompts", "read"):
+    prompts = [dict(prompt_token_ids=p) for p in job[name]]
+    llm.generate(prompts[:32], params, use_tqdm=False)
+    start = time.perf_counter()
+    out = llm.generate(prompts, params, use_tqdm=False)
+    print("RATE", name, sum(len(o.outputs[0].token_ids) for o in out) / (time.perf_counter() - start))
 """
 
 def bench_vllm(
@@ -71,15 +72,15 @@ def bench_vllm(
     job:dict, # What `bench_sampler` returned
     rows:int=128,
     threads:int=1,
-)->float|None: # Tokens a second; `None` when vLLM could not be run
-    "vLLM's offline generation on the same prompts and lengths."
+)->dict[str, float]: # New tokens a second on `prompts` and on `read`; empty when vLLM could not be run
+    "vLLM's offline generation of as many tokens."
     with tempfile.TemporaryDirectory() as d:
         spec = Path(d) / "job.json"
-        spec.write_text(json.dumps(dict(checkpoint=str(Path(checkpoint).resolve()), prompts=job["prompts"], mean_new=job["mean_new"], rows=rows, threads=threads)))
+        spec.write_text(json.dumps(dict(checkpoint=str(Path(checkpoint).resolve()), prompts=job["prompts"], read=job["read"], mean_new=job["mean_new"], rows=rows, threads=threads)))
         p = subprocess.run([python, "-c", VLLM_SCRIPT, str(spec)], capture_output=True, text=True, timeout=900)
-    rate = [l.split()[1] for l in p.stdout.splitlines() if l.startswith("RATE")]
-    if not rate: print(p.stderr[-2000:], file=sys.stderr)
-    return float(rate[0]) if rate else None
+    rates = {l.split()[1]: float(l.split()[2]) for l in p.stdout.splitlines() if l.startswith("RATE")}
+    if not rates: print(p.stderr[-2000:], file=sys.stderr)
+    return rates
 
 # %% ../nbs/95_bench.ipynb #9fde7aec
 def bench_step(
@@ -110,7 +111,8 @@ def table(
     rows.append((f"sampled tokens a second, {s['episodes']} episodes, 128 at a time, {threads} thread(s)", f"{s['tokens_per_s']:,.0f}", ""))
     if vllm_python:
         v = bench_vllm(vllm_python, checkpoint, s, threads=threads)
-        rows += [("vLLM offline, same model, prompts and lengths", f"{v:,.0f}" if v else "could not be run", ""), ("ratio to vLLM", f"{s['tokens_per_s'] / v:.2f}" if v else "-", "0.8 or more")]
+        for name, what in dict(prompts="vLLM offline, bare prompts", read="vLLM offline, prompts with all that an episode reads").items():
+            rows += [(what, f"{v[name]:,.0f}" if v else "could not be run", ""), ("  the sampler's rate by it", f"{s['tokens_per_s'] / v[name]:.2f}" if v else "-", "0.8 or more")]
     else: rows.append(("ratio to vLLM", "not measured: name an interpreter that has vLLM with --vllm-python", "0.8 or more"))
     b = bench_step(checkpoint, data, threads=threads)
     total = b["sample"] + b["env"] + b["update"]
