@@ -170,7 +170,7 @@ def test_data_writes_keeps_refuses_and_forces(empty):
     assert {p.name: p.read_bytes() for p in (empty / "data").iterdir()} == first
 
 def test_validate_names_every_error_and_changes_nothing(empty):
-    for f in (ROOT / "data").iterdir(): (empty / f.name).write_bytes(f.read_bytes())
+    for f in (ROOT / "data").glob("*.json*"): (empty / f.name).write_bytes(f.read_bytes())
     assert ask("validate", "--data", ".")[0] == 0
     rows = [json.loads(x) for x in (empty / "val_tasks.jsonl").read_text().splitlines()]
     rows[0]["level"], rows[4]["company_id"] = 9, "c-none"
@@ -193,7 +193,7 @@ def test_doctor_fails_where_something_needed_is_missing(empty):
 
 def test_doctor_sees_good_and_bad_data(empty):
     assert check_data(ROOT / "data").status == "ok"
-    for f in (ROOT / "data").iterdir(): (empty / f.name).write_bytes(f.read_bytes())
+    for f in (ROOT / "data").glob("*.json*"): (empty / f.name).write_bytes(f.read_bytes())
     (empty / "companies.json").write_text("[{}]")
     bad = check_data(empty)
     assert bad.status == "missing" and "companies.json" in bad.found and "fg-dapo validate" in bad.fix
@@ -334,7 +334,7 @@ if stage == "train": synthetic_run(out, arm, steps=4)
 def stand_in(empty, monkeypatch):
     "An empty folder with data and a model, and a trainer that invents its numbers."
     (empty / "data").mkdir()
-    model(empty / "checkpoints" / "tiny")
+    model(empty / "data" / "tiny")
     def start(job, stage): return subprocess.Popen([sys.executable, "-c", STAND_IN, stage, job.config.arm, str(job.out)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     monkeypatch.setattr(demo, "start", start)
     return empty

@@ -1,5 +1,5 @@
 """The package as a whole: layers, light imports, requirements, README, no traces of a machine."""
-import ast, json, re, subprocess, sys
+import shutil, ast, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -126,6 +126,7 @@ def test_readme_check_sees_a_changed_word(tmp_path):
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "index.ipynb").write_text((ROOT / "nbs" / "index.ipynb").read_text().replace("experience", "experiences", 1))
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    shutil.copytree(ROOT / readme.FIGURES, tmp_path / readme.FIGURES)
     assert readme.stale(tmp_path) == ["README.md"]
 
 def test_readme_names_the_commands_early_and_they_exist():
