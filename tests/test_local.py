@@ -1,5 +1,5 @@
 "The local engine: what it samples, what it trains on, and that nothing is lost when it is stopped."
-import dataclasses, json, os, resource, signal, subprocess, sys, time
+import os, resource, signal, subprocess, sys, time
 from collections import Counter
 
 import pytest
@@ -8,19 +8,17 @@ import torch
 from fg_dapo.agent.scripted import best_plan
 from fg_dapo.config import load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
-from fg_dapo.engines.local import Replayer, Trainer, checkpoints, collect, forward_logp, make_sampler, policy_gradient, replay_updates, task_order, to_entry, train
+from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, make_sampler, policy_gradient, replay_updates, task_order, to_entry, train
 from fg_dapo.engines.sampler import Job, PromptTooLong
-from fg_dapo.method.replay import Entry
-from fg_dapo.policy import encode, load_policy, nll, pad_rows, transcribe
+from fg_dapo.method.replay import plan_entry
+from fg_dapo.policy import encode, nll, pad_rows, transcribe
 
 from conftest import ROOT
 
 CLI = [sys.executable, "-m", "fg_dapo.cli"]
 ENV = dict(os.environ, PYTHONPATH=str(ROOT))
 
-def plan_entry(s, feedback="", lacks=()):
-    p = best_plan(s)
-    return Entry(s.task.id, 1, dict(form=list(p.form), calls=[[d, list(f)] for d, f in p.calls], lacks=list(lacks), feedback=feedback))
+def entry_of(s, feedback="", lacks=()): return plan_entry(s.task.id, best_plan(s), lacks, feedback)
 
 def ledger(run): return {k: v for k, v in read_json(checkpoints(run)[-1] / "state.json")["ledger"].items() if k != "seconds"}
 
@@ -90,7 +88,7 @@ def test_replay_rows_are_plain_fresh_and_sometimes_under_another_name(small, tmp
     c = load_config(None, [*small, "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.guided_rows=0.25"])
     t = Trainer(c, tmp_path / "r")
     s = next(s for s in t.scenarios if s.task.level == 3)
-    t.replayer.buffer.add(plan_entry(s, feedback="1: Billing wants: pin."))
+    t.replayer.buffer.add(entry_of(s, feedback="1: Billing wants: pin."))
     rows = t.replayer.rows(rng_for(0, "t"), 200)
     assert len(rows) == 200 == t.replayer.reexecuted
     guided, other = [("<|feedback|>" in r.prompt) for r in rows], [s.company.name not in str(r) for r in rows]
@@ -109,14 +107,14 @@ def test_replay_without_reexecution_keeps_what_was_written(small, tmp_path):
 def test_a_told_ending_is_replayed_with_a_user_who_lacks_the_field(small, tmp_path):
     t = Trainer(load_config(None, small), tmp_path / "r")
     s = next(s for s in t.scenarios if s.task.ground_truth.ending == "tell_user")
-    t.replayer.buffer.add(plan_entry(s, lacks=s.task.ground_truth.missing))
+    t.replayer.buffer.add(entry_of(s, lacks=s.task.ground_truth.missing))
     rows = t.replayer.rows(rng_for(0, "t"), 20)
     assert rows and all(r.turns[-1][0].startswith("tell ") for r in rows)
 
 def test_replay_teaches(small, tmp_path):
     t = Trainer(load_config(None, [*small, "algorithm.transfer.updates=5", "algorithm.transfer.rows=8", "algorithm.transfer.warmup_steps=0"]), tmp_path / "r")
     s = t.scenarios[0]
-    t.replayer.buffer.add(plan_entry(s))
+    t.replayer.buffer.add(entry_of(s))
     ids, mask = encode(t.tok, transcribe(best_plan(s), s, t.sampler.chat)[1])
     def loss():
         with torch.no_grad(): return float(nll(t.model, torch.tensor([ids]), torch.tensor([mask])))
@@ -178,7 +176,7 @@ def test_a_folder_with_another_run_is_refused(small, tmp_path):
 
 def test_optimizer_and_buffer_survive_a_checkpoint(small, tmp_path):
     t = Trainer(load_config(None, small), tmp_path / "r")
-    t.replayer.buffer.add(plan_entry(t.scenarios[0]))
+    t.replayer.buffer.add(entry_of(t.scenarios[0]))
     replay_updates(t.model, t.opt, t.replayer, t.tok, 0, 0)
     t.step = 1
     t.save()

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from fg_dapo.method.groups import Group, Ledger, choose_guided, plan_waves
 from fg_dapo.method.objective import BASELINES, dapo_loss, filter_counts, group_advantages, keep_groups, overlong_penalty, replay_loss, token_logp
-from fg_dapo.method.replay import Entry, Plan, ReplayBuffer, drop_name
+from fg_dapo.agent.scripted import Plan
+from fg_dapo.method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_entry
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=100, database=None)
 
@@ -277,10 +278,10 @@ def test_draws_are_even(n, k, seed):
     assert len(drawn) == k and max(times) - min(times) <= 1
 
 def test_a_plan_survives_json():
-    plan = Plan(["pin"], ["Sales", "Billing"], "tell_user")
-    e = plan.entry("t")
-    assert e.length == 3 and Plan.of(Entry(**json.loads(json.dumps(dict(task_id=e.task_id, length=e.length, payload=e.payload))))) == plan
-    assert Plan(("pin",), ("Billing", "Sales"), "tell_user").entry("t").key != e.key
+    plan = Plan(("pin",), (("Sales", ("pin",)), ("Billing", ("pin",))))
+    e = plan_entry("t", plan, lacks=("email",))
+    assert e.length == 3 and entry_plan(Entry(**json.loads(json.dumps(dict(task_id=e.task_id, length=e.length, payload=e.payload))))) == plan
+    assert e.payload["lacks"] == ["email"] and plan_entry("t", Plan(plan.form, plan.calls[::-1]), lacks=("email",)).key != e.key
 
 def test_a_buffer_of_another_kind_is_refused():
     saved = ReplayBuffer(4, "all").state_dict()
@@ -288,9 +289,9 @@ def test_a_buffer_of_another_kind_is_refused():
         with pytest.raises(ValueError, match="the saved buffer has"): other.load_state_dict(saved)
 
 def test_a_key_is_the_same_in_every_process():
-    code = "from fg_dapo.method.replay import Plan; print(Plan(('pin',), ('Sales',)).entry('t').key)"
+    code = "from fg_dapo.method.replay import Entry; print(Entry('t', 1, dict(form=['pin'], feedback='x')).key)"
     keys = {subprocess.run([sys.executable, "-c", code], env=dict(PYTHONHASHSEED=s), capture_output=True, text=True, check=True).stdout for s in ("1", "2")}
-    assert keys == {Plan(("pin",), ("Sales",)).entry("t").key + "\n"}
+    assert keys == {Entry("t", 1, dict(feedback="x", form=["pin"])).key + "\n"}
 
 names = st.sampled_from(["Harbor Bank", "A&B (Trust)", "O'Neil.", "Société", "Harbor"])
 

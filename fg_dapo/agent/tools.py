@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from fastcore.docments import docments
 
 from ..world.directory import CompanyDirectory
-from ..world.phone import CallResult, PhoneSystemSimulator, same_value
+from ..world.phone import CallResult, PhoneSystemSimulator
 from ..world.records import AUTH_FIELDS, Scenario, in_order
 from ..world.user import UserSimulator
 

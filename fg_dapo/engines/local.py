@@ -9,7 +9,7 @@ __all__ = ['Sample', 'task_order', 'collect', 'forward_logp', 'pieces', 'policy_
            'Trainer', 'train']
 
 # %% ../../nbs/engines/20_local.ipynb #ce5c60d3
-import dataclasses, json, os, resource, shutil, signal, sys, time
+import dataclasses, os, resource, shutil, signal, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..agent.episode import Limits
-from ..agent.scripted import Plan, plan_of
+from ..agent.scripted import plan_of
 from ..config import RunConfig
 from ..core import RunDir, append_jsonl, open_run, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl
 from .sampler import Job, Rollout, Sampler
-from ..method.feedback import Critique, RuleBased, accumulate
+from ..method.feedback import RuleBased, accumulate
 from ..method.groups import Group, Ledger, choose_guided, plan_waves
 from ..method.objective import dapo_loss, filter_counts, group_advantages, keep_groups, overlong_penalty, replay_loss
-from ..method.replay import Entry, ReplayBuffer, drop_name
+from ..method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_entry
 from ..method.reward import result_of
 from ..policy import Transcript, adam, encode, feedback_text, load_policy, masked_logp, pad_rows, save_policy, set_lr, transcribe
 from ..world.directory import CompanyDirectory
@@ -154,8 +154,7 @@ def to_entry(
     task, r = s.rollout.job.scenario.task, s.rollout
     if not reexecute: return Entry(task.id, len(r.ids), dict(turns=[list(t) for t in r.transcript.turns], feedback=r.job.feedback))
     plan = plan_of(r.episode)
-    if plan is None: return None
-    return Entry(task.id, len(plan.form) + len(plan.calls), dict(form=list(plan.form), calls=[[d, list(f)] for d, f in plan.calls], lacks=list(r.episode.desk.unavailable), feedback=r.job.feedback))
+    return plan and plan_entry(task.id, plan, r.episode.desk.unavailable, r.job.feedback)
 
 class Replayer:
     "Makes rows for replay out of a buffer."
@@ -179,7 +178,7 @@ class Replayer:
         self.reexecuted += 1
         if other: s = renamed(s, other)
         s = dataclasses.replace(s, user=random_user(rng, lacks=tuple(p["lacks"])))
-        episode, transcript = transcribe(Plan(tuple(p["form"]), tuple((d, tuple(f)) for d, f in p["calls"])), s, self.chat, feedback)
+        episode, transcript = transcribe(entry_plan(entry), s, self.chat, feedback)
         return transcript if served(episode) else None
     def unused(self, rng, s:Scenario)->str:
         "A name of the same industry that no company of the world has."

@@ -9,7 +9,7 @@ __all__ = ['RaggedLayer', 'RaggedCache', 'grouped_attention', 'Job', 'Rollout', 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

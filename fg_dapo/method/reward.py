@@ -14,7 +14,7 @@ from ..agent.episode import Episode, Limits
 from .diagnosis import FailureInfo, diagnose
 from .feedback import RuleBased, rule_based_feedback
 from ..world.directory import CompanyDirectory
-from ..world.records import Scenario, as_dict, scenario_from_dict
+from ..world.records import Scenario, scenario_from_dict
 
 # %% ../../nbs/method/30_reward.ipynb #f0b6e908
 MILESTONES = dict(collected_some=0.2, collected_all=0.3, authenticated=0.5, right_department=0.7, done=1.0)
@@ -24,7 +24,7 @@ def partial_scores(
     episode:Episode, # A finished one
 )->dict[str, float]: # Always the same keys; numbers only, so that they can be averaged
     "How far an episode got, and what it used."
-    s, desk, truth = episode.scenario, episode.desk, episode.scenario.task.ground_truth
+    desk, truth = episode.desk, episode.scenario.task.ground_truth
     calls, kinds = desk.phone.history, [r.kind for _, r in episode.log]
     asked = set(desk.given) | set(desk.unavailable)
     authenticated = {c.department for c in calls if c.auth is not None and c.auth.ok}
