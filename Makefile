@@ -14,6 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do if comma
 # A hung test must not hang a build; not every system has `timeout`.
 LIMIT := $(shell command -v timeout >/dev/null && echo timeout -k 30)
 DEMO ?=
+BENCH ?=
 PYTEST ?=
 
 help: ## List the targets
@@ -28,8 +29,8 @@ env: $(VENV)/.local-done ## Create .venv with what training needs
 
 env-dev: $(VENV)/.dev-done ## Add what notebooks, tests and this Makefile need
 
-bench: env ## Measure speed and memory, and print a table
-	@$(BIN)/python -m fg_dapo.bench
+bench: env ## Measure speed and memory, and print a table (BENCH="--vllm-python PATH" compares with vLLM)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fg_dapo.bench $(BENCH)
 
 nbtest: env-dev ## Run every notebook
 	@echo "notebooks"

@@ -77,6 +77,7 @@ class Commands(TyperGroup):
             typer.echo(f"error: {lines[0]}" if len(lines) == 1 else "error: " + "\n       ".join([f"{len(lines)} things are wrong:", *lines]), err=True)
             raise typer.Exit(1) from None
 
+# %% ../nbs/90_cli.ipynb #dba03c77
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings=dict(help_option_names=["-h", "--help"], max_content_width=110))
 
