@@ -51,6 +51,7 @@ def bench_sampler(
     return dict(tokens_per_s=tokens / seconds, tokens=tokens, episodes=len(out), seconds=seconds, env_share=sampler.env_seconds / seconds,
         prompts=[sampler.encode(sampler.chat.prompt(s.task.request)) for s in scenarios], read=[[i for i, m in zip(r.ids, r.mask) if not m] for r in out], mean_new=round(tokens / len(out)))
 
+# %% ../nbs/95_bench.ipynb #c73ed46a
 VLLM_SCRIPT = """
 import json, os, sys, time
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(json.load(open(sys.argv[1]))["threads"]))
@@ -99,6 +100,7 @@ def bench_step(
         rows = [trainer.train_step()[0]["seconds"] for _ in range(steps)]
     return {k: sum(r[k] for r in rows) / steps for k in rows[0]} | dict(peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
+# %% ../nbs/95_bench.ipynb #f4f65f0f
 def table(
     checkpoint:str|Path="data/tiny",
     data:str|Path="data",

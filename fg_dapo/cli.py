@@ -218,6 +218,7 @@ def evaluate(
     temperature:Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 1.0,
     limit:Annotated[int|None, typer.Option(min=1, help="At most so many tasks.")] = None,
     seed:Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    detail:Annotated[Literal["hint", "observed", "full"], typer.Option(help="How much the feedback tells: kind of failure, what the attempt revealed, the answer.")] = "observed",
 ):
     """Measure a policy, cold and with feedback.
 
@@ -232,7 +233,7 @@ def evaluate(
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {str(folder)!r}; make it with: fg-dapo data --out {folder}")
     out = out or (Path("runs/evaluate") / checkpoint.resolve().name if is_model(checkpoint) else checkpoint)
     from fg_dapo.evaluation.evaluate import evaluate as run
-    run(model, folder, split, out, mode=mode, samples=samples, temperature=temperature, limit=limit, seed=seed)
+    run(model, folder, split, out, mode=mode, samples=samples, temperature=temperature, limit=limit, seed=seed, detail=detail)
     typer.echo(f"evaluated {model} on {split}; results are in {out}")
 
 def find_runs(

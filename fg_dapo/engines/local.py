@@ -56,6 +56,7 @@ def task_order(
     epochs = {e: order(e) for e in range(start // n, (start + k - 1) // n + 1)}
     return [epochs[i // n][i % n] for i in range(start, start + k)]
 
+# %% ../../nbs/engines/20_local.ipynb #d2e1f08d
 def collect(
     sampler:Sampler,
     scenarios:list[Scenario], # One a group
@@ -330,6 +331,7 @@ def flat(d:dict, prefix:str="")->dict[str, float]:
         elif isinstance(v, (int, float)) and not isinstance(v, bool): out[f"{prefix}{k}"] = v
     return out
 
+# %% ../../nbs/engines/20_local.ipynb #06b78a13
 class Log:
     "Metrics to JSONL, and to what else was asked for."
     def __init__(self, run:RunDir, config:RunConfig):
