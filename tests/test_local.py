@@ -139,6 +139,7 @@ def test_killed_and_interrupted_runs_resume_with_the_ledger_of_an_unbroken_one(s
         said = p.communicate(timeout=120)[0]
         assert p.returncode == code, said
         if how == signal.SIGINT: assert "resume" in said and "Traceback" not in said
+        with open(run / "metrics.jsonl", "a") as f: f.write('{"step": 99}\n{"step": 1') # A step that never counted, and half a line
         done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         from fg_dapo.core import RunDir
