@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Rate', 'Section', 'only', 'DataConfig', 'PolicyConfig', 'OverlongConfig', 'FeedbackConfig',
-           'TransferConfig', 'AlgorithmConfig', 'TrainConfig', 'LimitsConfig', 'EvaluationConfig', 'RunConfig',
-           'conflicts', 'ConfigError', 'read_yaml', 'merge', 'parse_override', 'keys', 'nearest', 'check_config',
-           'load_config', 'dump', 'load_arms']
+           'TransferConfig', 'AlgorithmConfig', 'HardwareConfig', 'TrainConfig', 'LimitsConfig', 'EvaluationConfig',
+           'RunConfig', 'conflicts', 'ConfigError', 'read_yaml', 'merge', 'parse_override', 'keys', 'nearest',
+           'check_config', 'load_config', 'dump', 'load_arms']
 
 # %% ../nbs/05_config.ipynb #e44dd4e4
 import json, re
@@ -46,6 +46,7 @@ class DataConfig(Section):
 class PolicyConfig(Section):
     "Which model is trained."
     checkpoint:str = Field("data/tiny", description="Hugging Face folder to start from: safetensors and tokenizer")
+    chat:Literal["compact", "hermes"] = Field("compact", description="How a conversation is written: compact (the tiny policy) | hermes (Qwen3)")
 
 # %% ../nbs/05_config.ipynb #45453a06
 class OverlongConfig(Section):
@@ -71,7 +72,8 @@ class FeedbackConfig(Section):
 # %% ../nbs/05_config.ipynb #8b25b845
 class TransferConfig(Section):
     "How successes reach the policy without feedback."
-    mode:Literal["none", "replay"] = Field("replay", description="none | replay (train on successes under the plain prompt)")
+    mode:Literal["none", "replay", "strip"] = Field("replay",
+        description="none | replay (train on successes under the plain prompt) | strip (guided rollouts a second time, under the plain prompt, with importance weights)")
     updates:Count = Field(12, description="Replay updates a training step")
     rows:Count = Field(32, description="Transcripts an update")
     lr:Rate = Field(1e-3, description="Learning rate of replay")
@@ -80,6 +82,7 @@ class TransferConfig(Section):
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")
     warmup_steps:int = Field(20, ge=0, description="Training steps over which the replay learning rate grows to its value")
+    weight_cap:float = Field(2.0, gt=0, description="strip: importance weights p(token | plain prompt) / p(token | as sampled) are cut here")
 
 class AlgorithmConfig(Section):
     "The objective: DAPO, feedback guidance and transfer."
@@ -91,12 +94,33 @@ class AlgorithmConfig(Section):
     pg_weight:float = Field(1.0, ge=0, description="Weight of the policy gradient; 0 leaves only transfer")
     baseline:Literal["group", "condition", "cold"] = Field("group", description="Rows whose mean is subtracted: group | condition (cold and guided apart) | cold")
     filter_on:Literal["group", "cold"] = Field("group", description="Drop groups without variance among these rows: group | cold")
+    refill_batches:int = Field(0, ge=0, description="Dynamic sampling: groups that were dropped are replaced by new tasks, up to so many times tasks_per_step; 0 trains on what is left")
     advantage_from:Literal["acc", "score"] = Field("acc", description="acc (done or not) | score (with milestones)")
     overlong:OverlongConfig = Field(OverlongConfig(), description="Penalty for long answers")
     feedback_guidance:FeedbackConfig = Field(FeedbackConfig(), description="Feedback inside a group")
     transfer:TransferConfig = Field(TransferConfig(), description="From feedback to the plain prompt")
 
 # %% ../nbs/05_config.ipynb #95ed1af9
+class HardwareConfig(Section):
+    "The machines of a run, for `engine: verl`; the local engine takes what it finds."
+    device:Literal["cpu", "cuda"] = Field("cpu", description="cpu (for tests: gloo and vLLM's CPU build) | cuda")
+    nodes:Count = Field(1, description="Machines in the Ray cluster; above 1, RAY_ADDRESS names it")
+    gpus_per_node:Count = Field(2, description="GPUs a machine, each with one training rank; on a CPU only ranks")
+    gpu_memory_gb:float = Field(24.0, gt=0, description="Memory of one GPU, for `fg-dapo plan`")
+    host_memory_gb:float = Field(256.0, gt=0, description="RAM of one machine, for `fg-dapo plan`")
+    tensor_parallel:Count = Field(1, description="GPUs that share one vLLM server")
+    server_memory:Share = Field(0.5, description="Share of a GPU's memory for vLLM's weights and cache")
+    server_rows:Count = Field(64, description="Episodes a vLLM server takes at a time")
+    lora_rank:int = Field(0, ge=0, description="Rank of the LoRA adapter that is trained; 0 trains all weights")
+    lora_alpha:Count = Field(32, description="LoRA's scale times its rank")
+    offload:Literal["none", "optimizer", "all"] = Field("none", description="What lies in RAM while it is not used: none | optimizer | all (weights and gradients too)")
+    gradient_checkpointing:bool = Field(True, description="Recompute activations in the backward pass: a third more time, much less memory")
+    attention:Literal["sdpa", "flash_attention_2"] = Field("sdpa", description="Attention of the training ranks; flash_attention_2 needs flash-attn, and packs rows without padding")
+    dtype:Literal["float32", "bfloat16"] = Field("float32", description="Of forward pass and vLLM; trained weights and Adam are float32")
+    update_tokens:Count = Field(8192, description="Tokens a rank takes at a time in an update")
+    agent_workers:Count = Field(1, description="Processes that play the episodes")
+    stall_seconds:Count = Field(900, description="Give up, with an error, when nothing has moved for so long")
+
 class TrainConfig(Section):
     "How long to train, on how much a step, and what is kept."
     steps:Count = Field(40, description="Training steps")
@@ -117,6 +141,7 @@ class LimitsConfig(Section):
     multi_turn:bool = Field(False, description="Offer the fourth tool, ask_user")
     max_new_tokens:Count = Field(256, description="Tokens one answer may have")
     max_prompt_tokens:Count = Field(512, description="Tokens the first prompt may have, feedback included")
+    max_response_tokens:Count = Field(512, description="Tokens that may follow it in an episode: all answers and what the tools say")
 
 class EvaluationConfig(Section):
     "The evaluation at the end; during training it is always validation tasks."
@@ -126,7 +151,7 @@ class EvaluationConfig(Section):
 
 class RunConfig(Section):
     "One training run."
-    engine:Annotated[Literal["local", "verl"], only("local", "the verl engine is not built yet; use 'local'")] = Field("local", description="local; verl is planned")
+    engine:Literal["local", "verl"] = Field("local", description="local (one process) | verl (Ray, vLLM and FSDP)")
     arm:str = Field("fg_replay", pattern=r"^[a-z0-9_-]+$", description="Label of the run in reports: dapo | dapo_replay | fg_plan | fg_replay, or a name of yours")
     seed:int = Field(0, ge=0, description="Seed of everything that is drawn")
     data:DataConfig = Field(DataConfig(), description="The world")
@@ -135,6 +160,7 @@ class RunConfig(Section):
     train:TrainConfig = Field(TrainConfig(), description="The training")
     limits:LimitsConfig = Field(LimitsConfig(), description="The episode")
     evaluation:EvaluationConfig = Field(EvaluationConfig(), description="The evaluation")
+    hardware:HardwareConfig = Field(HardwareConfig(), description="The machines (engine: verl)")
 
 # %% ../nbs/05_config.ipynb #d32e4556
 def conflicts(
@@ -155,6 +181,25 @@ def conflicts(
          f"{c.algorithm.overlong.buffer} tokens of buffer exceed max_tokens, {c.algorithm.overlong.max_tokens}")
     rule(c.algorithm.pg_weight == 0 and c.algorithm.transfer.mode == "none", ("algorithm.pg_weight", "algorithm.transfer.mode"),
          "without policy gradient and without transfer nothing is trained; set one of them")
+    return out + (_verl_conflicts(c) if c.engine == "verl" else [])
+
+def _verl_conflicts(c):
+    "What the verl engine cannot do."
+    h, t, out = c.hardware, c.train, []
+    def rule(bad, keys, text):
+        if bad: out.append((keys, text))
+    ranks, mini = h.nodes * h.gpus_per_node, t.tasks_per_step // c.algorithm.updates
+    rule(t.tasks_per_step % c.algorithm.updates, ("algorithm.updates", "train.tasks_per_step"), f"{t.tasks_per_step} tasks a step cannot be dealt out over {c.algorithm.updates} updates; use a divisor")
+    rule(mini and mini * t.rollouts % ranks, ("train.rollouts", "algorithm.updates", "train.tasks_per_step", "hardware.gpus_per_node", "hardware.nodes"),
+         f"an update of {mini} tasks x {t.rollouts} rollouts cannot be dealt out over {ranks} ranks")
+    rule(h.gpus_per_node % h.tensor_parallel, ("hardware.tensor_parallel", "hardware.gpus_per_node"), f"{h.gpus_per_node} GPUs cannot be dealt out over servers of {h.tensor_parallel}")
+    rule(c.algorithm.transfer.mode == "replay" and c.algorithm.transfer.rows % ranks, ("algorithm.transfer.rows", "hardware.gpus_per_node", "hardware.nodes"),
+         f"{c.algorithm.transfer.rows} replay rows cannot be dealt out over {ranks} ranks")
+    cpu = "device 'cpu' is for tests: "
+    rule(h.device == "cpu" and h.tensor_parallel > 1, ("hardware.tensor_parallel", "hardware.device"), cpu + "set tensor_parallel to 1")
+    rule(h.device == "cpu" and h.attention != "sdpa", ("hardware.attention", "hardware.device"), cpu + "set attention to sdpa")
+    rule(h.device == "cpu" and h.dtype != "float32", ("hardware.dtype", "hardware.device"), cpu + "set dtype to float32")
+    rule(h.device == "cpu" and h.nodes > 1, ("hardware.nodes", "hardware.device"), cpu + "set nodes to 1")
     return out
 
 # %% ../nbs/05_config.ipynb #0ca22eea

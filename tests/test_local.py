@@ -5,13 +5,15 @@ from collections import Counter
 import pytest
 import torch
 
+from fg_dapo.agent.chat import agent_turns, chat_format
 from fg_dapo.agent.scripted import best_plan
 from fg_dapo.config import load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
-from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, make_sampler, policy_gradient, replay_updates, task_order, to_entry, train
+from fg_dapo.engines import local
+from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, policy_gradient, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
 from fg_dapo.engines.sampler import Job, PromptTooLong
 from fg_dapo.method.replay import plan_entry
-from fg_dapo.policy import encode, nll, pad_rows, transcribe
+from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, train_tokenizer, transcribe
 
 from conftest import ROOT
 
@@ -75,14 +77,163 @@ def test_policy_gradient_follows_the_advantage(small, tmp_path):
     def total(r):
         with torch.no_grad(): logp, mask, _ = forward_logp(t.model, [r.ids], [r.mask], t.tok.pad_token_id)
         return float((logp * mask).sum())
-    log, kept = policy_gradient(t.model, t.opt, samples, t.config, t.tok.pad_token_id)
+    log, kept = policy_gradient(t.model, t.opt, samples, t.config, t.tok)
     assert log["updates"] == 0 and not any(kept) # All failed: the group has no deviation and is dropped
     samples[0].result["acc"] = 1.0
     before = [total(r) for r in rows]
-    log, kept = policy_gradient(t.model, t.opt, samples, t.config, t.tok.pad_token_id)
+    log, kept = policy_gradient(t.model, t.opt, samples, t.config, t.tok)
     assert log["updates"] == 1 and all(kept) and log["groups_kept"] == 1
     assert abs(log["approx_kl"]) < 1e-4 and log["clip_frac"] == 0.0 # On policy, the ratio is 1
     assert total(rows[0]) > before[0]
+
+def turns_of(r):
+    "The policy's turns of a rollout: where each begins and ends in its ids."
+    edges = [i for i in range(1, len(r.mask)) if r.mask[i] != r.mask[i - 1]] + ([len(r.mask)] if r.mask[-1] else [])
+    return list(zip(edges[::2], edges[1::2]))
+
+@pytest.mark.parametrize("length", [512, 14])
+def test_a_dialogue_that_hears_the_same_turns_is_the_same_rollout(small, tmp_path, length):
+    "What another engine gets out of `Dialogue`, turn by turn, is what the sampler made of it."
+    t = Trainer(load_config(None, [*small, f"limits.max_response_tokens={length}"]), tmp_path / "r")
+    rollouts = [s.rollout for s in collect(t.sampler, t.scenarios[:4], t.config, 0)]
+    for r in rollouts:
+        d = t.sampler.dialogue(r.job)
+        for begin, end in turns_of(r):
+            assert begin == len(d.ids) and end - begin <= d.room <= 12 and not d.done
+            answer = d.hear(r.ids[begin:end], r.logp[begin:end])
+            assert d.ids[end:] == answer and bool(answer) != d.done
+        again = d.rollout()
+        assert d.done and (again.ids, again.mask, again.logp, again.transcript, again.truncated) == (r.ids, r.mask, r.logp, r.transcript, r.truncated)
+    assert any(r.truncated for r in rollouts)
+
+def make_mixed(samples):
+    "Rewards by hand. Group 0: cold and guided rows differ; 1: only guided rows; 2: none do; 3: only cold rows."
+    for s in samples: s.result["acc"] = s.result["score"] = float(s.position in {0: (1, 2, 5), 1: (4,), 2: (), 3: (0,)}[s.group])
+    return samples
+
+def test_stripped_rows_and_their_loss_by_hand(small, tmp_path):
+    c = load_config(None, [*small, "train.rollouts=8", "algorithm.transfer.mode=strip", "algorithm.transfer.weight_cap=1.01", "algorithm.updates=1"])
+    t = Trainer(c, tmp_path / "r")
+    samples = make_mixed(collect(t.sampler, t.scenarios[:4], c, 0))
+    rows = training_rows(samples, c, t.model, t.tok)
+    sampled, plain, guided = rows[:24], rows[24:], [s for s in samples if s.guided and s.group != 2]
+    assert [(r.ids, r.logp, r.weight) for r in sampled] == [(s.rollout.ids, s.rollout.logp, None) for s in samples if s.group != 2]
+    assert len(plain) == 18 == len(guided) and Counter(r.group for r in plain) == {0: 6, 1: 6, 3: 6}
+    advantage = {(s.group, s.position): a for s, a in zip(samples, judge(samples, c)[0].tolist())}
+    objective = sum(r.adv * r.tokens for r in sampled)
+    for row, s in zip(plain, guided):
+        r, prompt = s.rollout, t.sampler.encode(t.sampler.chat.prompt(s.rollout.job.scenario.task.request))
+        begin = r.mask.index(1)
+        assert row.ids == prompt + r.ids[begin:] and row.mask == [0] * len(prompt) + r.mask[begin:] # The sampled ids, not the text read again
+        assert row.adv == advantage[s.group, s.position]
+        with torch.no_grad(): logits = t.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        for i in range(1, len(row.ids)):
+            if not row.mask[i]: continue
+            own = logits[i - 1, row.ids[i]].item()
+            weight = min(2.718281828459045 ** (own - r.logp[begin + i - len(prompt)]), 1.01)
+            assert row.logp[i] == pytest.approx(own, abs=1e-4) and row.weight[i] == pytest.approx(weight, abs=1e-3)
+            objective += row.adv * weight
+    weights = [w for r in plain for w, m in zip(r.weight, r.mask) if m]
+    assert max(weights) == pytest.approx(1.01) and min(weights) < 1
+    assert any(t.tok(t.tok.decode(r.ids))["input_ids"] != r.ids for r in plain)
+    tokens = sum(r.tokens for r in rows)
+    assert tokens == sum(s.rollout.tokens * (2 if s.guided else 1) for s in samples if s.group != 2)
+    loss, _ = row_loss(t.model, rows, c, t.tok.pad_token_id, tokens) # Before the first update every ratio is 1
+    assert loss.item() == pytest.approx(-objective / tokens, abs=1e-4)
+    log, kept = policy_gradient(t.model, t.opt, samples, c, t.tok)
+    assert log["pg_loss"] == pytest.approx(loss.item(), abs=1e-5) and log["strip_weight"] == pytest.approx(sum(weights) / len(weights)) and sum(kept) == 24
+
+def test_stripped_rows_teach_the_plain_prompt(small, tmp_path):
+    "The success of a group was guided; after an update it is likelier without the feedback too, by more than without transfer."
+    def gain(mode):
+        c = load_config(None, [*small, "algorithm.updates=1", f"algorithm.transfer.mode={mode}"])
+        t = Trainer(c, tmp_path / mode)
+        samples = collect(t.sampler, t.scenarios[:1], c, 0)
+        samples[3].result["acc"] = 1.0
+        ids, mask, _ = local.stripped(samples[3].rollout, t.tok, t.sampler.chat)
+        def total():
+            with torch.no_grad(): return float(forward_logp(t.model, [ids], [mask], t.tok.pad_token_id)[0].sum())
+        before = total()
+        policy_gradient(t.model, t.opt, samples, c, t.tok)
+        return total() - before
+    none, strip = gain("none"), gain("strip")
+    assert strip > none and strip > 0
+
+def test_a_stripped_rollout_counts_once_in_the_ledger(small, tmp_path, monkeypatch):
+    collected = []
+    def mixed(*args):
+        collected.extend(out := make_mixed(collect(*args)))
+        return out
+    monkeypatch.setattr(local, "collect", mixed)
+    run = train(load_config(None, [*small, "train.steps=1", "algorithm.transfer.mode=strip"]), tmp_path / "r", progress=False).parents[1]
+    [row] = read_jsonl(run / "metrics.jsonl")
+    assert row["ledger"]["rollouts"] == 8 and row["ledger"]["tokens"] == sum(s.rollout.tokens for s in collected) and 0 < row["strip_weight"] <= 2
+    assert row["ledger"]["updates"] == row["groups_kept"] == 1
+
+def test_dropped_groups_are_replaced_up_to_the_limit(small, tmp_path):
+    "A policy that solves nothing: all groups are dead, so each step samples as many as it may, and the tasks go on in order."
+    c = load_config(None, [*small, "train.steps=2", "algorithm.refill_batches=2", "train.sample_groups=99"])
+    run = train(c, tmp_path / "r", progress=False).parents[1]
+    metrics, rollouts = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "rollouts.jsonl")
+    assert [(m["tasks"], m["groups"], m["groups_kept"], m["ledger"]["rollouts"], m["ledger"]["rollouts_filtered"]) for m in metrics] == [(6, 6, 0, 24, 24), (12, 6, 0, 48, 48)]
+    assert read_json(checkpoints(local.open_run(run, c.model_dump(mode="json"), 0))[-1] / "state.json")["tasks"] == 12
+    t = Trainer(c, run)
+    assert t.tasks == 12
+    order = [t.scenarios[i].task.id for i in task_order(len(t.scenarios), 0, 0, 12)]
+    for step in (1, 2):
+        assert [(r["group"], r["position"]) for r in rollouts if r["step"] == step] == [(g, p) for g in range(6) for p in range(4)]
+        assert [r["task_id"] for r in rollouts if r["step"] == step and r["position"] == 0] == order[6 * step - 6:6 * step]
+    assert len({r["transcript"] for r in rollouts if r["step"] == 1 and r["position"] == 0}) == 6
+    half = [*small, "train.steps=1", "algorithm.refill_batches=2"] # Stopped and resumed, the tasks go on where they were
+    train(load_config(None, half), tmp_path / "s", progress=False)
+    u = Trainer(load_config(None, half), tmp_path / "s")
+    assert u.tasks == 6
+    row, samples = u.train_step()
+    assert row["tasks"] == 12 and [s.rollout.job.scenario.task.id for s in samples if s.position == 0] == order[6:]
+    assert [s.rollout.text for s in samples] == [r["transcript"] for r in rollouts if r["step"] == 2]
+
+@pytest.mark.parametrize("useful, batches, sizes", [((0, 1), 3, [2]), ((1, 3), 3, [2, 1, 1]), ((1, 9), 1, [2, 1, 1]), ((2, 3), 3, [2, 2]), ((2, 4), 3, [2, 2, 1]), ((), 0, [2]), ((), 2, [2, 2, 2])])
+def test_as_many_groups_are_added_as_are_missing(small, tmp_path, monkeypatch, useful, batches, sizes):
+    t = Trainer(load_config(None, [*small, f"algorithm.refill_batches={batches}"]), tmp_path / "r")
+    asked = []
+    def by_hand(sampler, scenarios, config, step, batch, first):
+        asked.append((len(scenarios), batch, first))
+        out = collect(sampler, scenarios, config, step, batch, first)
+        for s in out: s.result["acc"] = float(s.group in useful and s.position == 1)
+        return out
+    monkeypatch.setattr(local, "collect", by_hand)
+    samples, tasks, _ = sample_step(t.sampler, t.scenarios, t.config, 0, 7)
+    assert asked == [(n, i, sum(sizes[:i])) for i, n in enumerate(sizes)]
+    assert tasks == 7 + sum(sizes) and sorted({s.group for s in samples}) == list(range(sum(sizes)))
+
+def test_added_groups_are_guided_in_the_same_share(small, tmp_path):
+    t = Trainer(load_config(None, [*small, "train.tasks_per_step=4", "algorithm.refill_batches=2", "algorithm.feedback_guidance.guided_share=0.5"]), tmp_path / "r")
+    samples, _, _ = sample_step(t.sampler, t.scenarios, t.config, 0, 0)
+    guided = {g: any(s.guided for s in samples if s.group == g) for g in range(12)}
+    assert [sum(guided[g] for g in range(b, b + 4)) for b in (0, 4, 8)] == [2, 2, 2]
+
+def test_an_episode_may_be_as_long_as_prompt_and_response(small, tmp_path, world):
+    t = Trainer(load_config(None, small), tmp_path / "r")
+    assert t.sampler.max_length == 1024 == make_sampler(t.model, t.tok, world, load_config(None, ["limits.max_response_tokens=9999"]), 1.0).max_length
+    short = make_sampler(t.model, t.tok, world, load_config(None, ["limits.max_prompt_tokens=200", "limits.max_response_tokens=30"]), 1.0)
+    rollouts = short.run([Job(s) for s in t.scenarios[:6]], seed=0)
+    assert short.max_length == 230 and max(len(r.ids) for r in rollouts) <= 230
+
+def test_a_policy_of_the_hermes_chat_is_sampled_trained_and_replayed_in_it(small, tmp_path, world):
+    chat, scenarios = chat_format("hermes"), world.scenarios("train")[:2]
+    tok = train_tokenizer((str(transcribe(best_plan(s), s, chat)[1]) for s in scenarios), 600)
+    tok.add_special_tokens(dict(additional_special_tokens=["<|im_start|>", chat.stop]))
+    save_policy(tmp_path / "policy", new_policy(tok, layers=1, width=32, max_length=4096), tok)
+    c = load_config(None, [*small, f"policy.checkpoint={tmp_path / 'policy'}", "policy.chat=hermes", "limits.max_prompt_tokens=3000", "algorithm.feedback_guidance.max_feedback_tokens=900"])
+    t = Trainer(c, tmp_path / "r")
+    t.replayer.buffer.add(entry_of(t.scenarios[0]))
+    row, samples = t.train_step()
+    assert t.sampler.chat.name == t.replayer.chat.name == "hermes" and row["replay_loss"] > 0
+    told = next(s for s in samples if s.guided).rollout
+    assert told.transcript.prompt.startswith("<|im_start|>system\n") and "<previous_attempts>" in told.transcript.prompt and told.transcript.prompt.count("Attempt 1 (Score: 0.0)") == 1
+    [replayed] = t.replayer.rows(rng_for(1, "t"), 1)
+    assert replayed.prompt.startswith("<|im_start|>system\n") and replayed.turns[0][0].startswith("<tool_call>") and agent_turns(str(replayed), chat)
+    with pytest.raises(ValueError, match=r"no token '<\|im_end\|>', which ends a turn in the hermes chat; set policy.chat"): Trainer(load_config(None, [*small, "policy.chat=hermes"]), tmp_path / "s")
 
 def test_replay_rows_are_plain_fresh_and_sometimes_under_another_name(small, tmp_path):
     c = load_config(None, [*small, "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.guided_rows=0.25"])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fg_dapo.method.groups import Group, Ledger, choose_guided, plan_waves
-from fg_dapo.method.objective import BASELINES, dapo_loss, filter_counts, group_advantages, keep_groups, overlong_penalty, replay_loss, token_logp
+from fg_dapo.method.objective import BASELINES, dapo_loss, filter_counts, group_advantages, importance_weights, keep_groups, overlong_penalty, replay_loss, token_logp
 from fg_dapo.agent.scripted import Plan
 from fg_dapo.method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_entry
 
@@ -224,12 +224,34 @@ def test_advantages_a_token():
     loss, _ = dapo_loss(torch.zeros(2, 2), torch.zeros(2, 2), adv, torch.ones(2, 2))
     assert loss.item() == pytest.approx(-.5)
 
+def test_a_weight_scales_what_is_left_after_clipping():
+    "By hand: ratios 2 (clipped to 1.28) and 1 with A = 1 and weights 1/2 and 2; ratio 20 (dual clip at 10) with A = -1 and weight 1/4."
+    logp = torch.tensor([[2., 1.], [20., 7.]]).log().requires_grad_()
+    weight, mask = torch.tensor([[.5, 2.], [.25, float("nan")]], requires_grad=True), torch.tensor([[1, 1], [1, 0]])
+    adv = torch.tensor([1., -1.])
+    loss, stats = dapo_loss(logp, torch.zeros(2, 2), adv, mask, weight=weight)
+    assert loss.item() == pytest.approx((-1.28 * .5 - 1 * 2 + 10 * .25) / 3)
+    assert stats == dapo_loss(logp, torch.zeros(2, 2), adv, mask)[1] # What is logged is not weighted
+    loss.backward()
+    assert logp.grad.tolist() == [[0., pytest.approx(-2 / 3)], [0., 0.]] and weight.grad is None
+    by_row = dapo_loss(logp, torch.zeros(2, 2), adv, mask, weight=torch.tensor([.5, .25]))[0]
+    assert by_row.item() == pytest.approx((-1.28 * .5 - 1 * .5 + 10 * .25) / 3)
+
+def test_importance_weights_are_cut_and_carry_no_gradient():
+    old, sampled = torch.tensor([[-1., -30., 0., -2.]], requires_grad=True), torch.tensor([[-2., -1., -50., -2.]])
+    w = importance_weights(old, sampled, cap=2.)
+    assert w[0].tolist() == pytest.approx([2., 2.061153622e-09, 2., 1.]) and not w.requires_grad
+    assert importance_weights(old, sampled, cap=1e9)[0, 2].item() == pytest.approx(485165195.4, rel=1e-5)
+
 def test_shapes_that_do_not_fit_are_refused():
     z = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"adv has shape \(3,\), logp has \(2, 3\)"): dapo_loss(z, z, torch.ones(3), z)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 2\)"): dapo_loss(z, z, torch.ones(2), z[:, :2])
     with pytest.raises(ValueError, match=r"mask has shape \(3, 2\)"): replay_loss(z, z.T)
     with pytest.raises(ValueError, match=r"logp has shape \(3,\)"): replay_loss(z[0], z[0])
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), logp has \(2, 3\)"): dapo_loss(z, z, torch.ones(2), z, weight=torch.ones(3))
+    with pytest.raises(ValueError, match=r"sampled_logp has shape \(2, 2\)"): importance_weights(z, z[:, :2])
+    with pytest.raises(ValueError, match="cap -1 leaves no weight"): importance_weights(z, z, -1)
     with pytest.raises(ValueError, match="clip_c 1"): dapo_loss(z, z, torch.ones(2), z, clip_c=1)
     with pytest.raises(ValueError, match=r"got shape \(2, 3\)"): group_advantages(z, z.long())
     with pytest.raises(ValueError, match="needs `guided`"): group_advantages(z[0], z[0].long(), baseline="cold")

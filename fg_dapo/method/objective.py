@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'FILTERS', 'group_advantages', 'keep_groups', 'filter_counts', 'token_logp', 'token_entropy',
-           'token_mean', 'dapo_loss', 'overlong_penalty', 'replay_loss']
+           'token_mean', 'dapo_loss', 'importance_weights', 'overlong_penalty', 'replay_loss']
 
 # %% ../../nbs/method/50_objective.ipynb #3ea7a010
 import torch
@@ -151,6 +151,7 @@ def dapo_loss(
     clip_high:float=.28, # and above at 1 + clip_high
     clip_c:float=10., # Dual clip: with A < 0 the objective is not let below clip_c * A
     tokens:int|None=None, # Response tokens of the whole batch, when this is a piece of it
+    weight:torch.Tensor|None=None, # [R] or [R, T] Importance weights, without gradient; they scale what is left after clipping, as verl's `rollout_is_weights` do
 )->tuple[torch.Tensor, dict[str, float]]: # The loss, and `ratio`, `clip_frac`, `approx_kl` as means over tokens
     "DAPO's clip-higher, token-mean policy loss."
     if clip_c <= 1: raise ValueError(f"clip_c {clip_c!r} would clip ratios the policy starts from; use one above 1")
@@ -162,10 +163,22 @@ def dapo_loss(
     plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
     loss = torch.where(adv < 0, torch.minimum(loss, -adv * clip_c), loss)
+    if weight is not None: loss = loss * torch.where(mask, _per_token(weight, logp, "weight"), torch.zeros_like(loss)).detach()
     with torch.no_grad():
         stats = dict(ratio=ratio, clip_frac=(clipped > plain).to(ratio.dtype), approx_kl=-log_ratio)
         stats = {k: token_mean(v, mask).item() for k, v in stats.items()}
     return token_mean(loss, mask, tokens), stats
+
+# %% ../../nbs/method/50_objective.ipynb #78d23b53
+def importance_weights(
+    old_logp:torch.Tensor, # [R, T] Before the updates, under the prompt that is trained
+    sampled_logp:torch.Tensor, # [R, T] When sampled, under the prompt of sampling
+    cap:float=2., # Weights are cut here
+)->torch.Tensor: # [R, T] from exp(-20) to `cap`, without gradient; `ValueError` names a cap that is not above 0
+    "Truncated importance weights, token by token."
+    if cap <= 0: raise ValueError(f"cap {cap!r} leaves no weight; use one above 0")
+    _check_tokens(old_logp, sampled_logp=sampled_logp)
+    return (old_logp - sampled_logp).detach().clamp(-20, 20).exp().clamp(max=cap)
 
 # %% ../../nbs/method/50_objective.ipynb #816a59fd
 def overlong_penalty(
