@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXTRA_OF', 'app', 'Folder', 'Settings', 'explain', 'stoppable', 'given', 'Commands', 'main', 'data', 'validate',
-           'warmstart', 'train', 'evaluate', 'find_runs', 'report', 'config', 'doctor', 'demo']
+           'is_hub_name', 'warmstart', 'train', 'plan', 'export', 'evaluate', 'find_runs', 'report', 'config', 'doctor',
+           'demo']
 
 # %% ../nbs/90_cli.ipynb #523915ed
-import signal, sys, threading
+import re, signal, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -149,12 +150,19 @@ def validate(
     typer.echo(f"no errors in {companies}, {users}, {', '.join(map(str, tasks))}")
 
 # %% ../nbs/90_cli.ipynb #4f93f6a6
+def is_hub_name(
+    checkpoint:str, # As in the configuration
+)->bool: # True for such as Qwen/Qwen3-8B, unless it is a folder here
+    "Whether a model is named as on a model hub."
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)) and not Path(checkpoint).parent.exists()
+
 def _need_inputs(
     config, # A `RunConfig`
 ):
     "Refuse a run whose data or model is not there, before anything heavy starts."
     from fg_dapo.demo import is_model
     if not Path(config.data.folder).is_dir(): raise FileNotFoundError(f"data.folder: there is no folder {config.data.folder!r}; make it with: fg-dapo data --out {config.data.folder}")
+    if config.engine == "verl" and is_hub_name(config.policy.checkpoint): return # Found, or not, where the model is loaded
     if not is_model(config.policy.checkpoint):
         raise FileNotFoundError(f"policy.checkpoint: no model in {config.policy.checkpoint!r} (config.json and a .safetensors file); make one with: fg-dapo warmstart --out {config.policy.checkpoint}")
 
@@ -188,23 +196,81 @@ def train(
     arm:Annotated[str|None, typer.Option(help="Which arm of a file with `common` and `arms`.")] = None,
     out:Annotated[Path|None, typer.Option(help="The run's folder. Default: runs/NAME/ARM-sSEED, with the file's name.")] = None,
     resume:Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint in the folder.")] = True,
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="With engine: verl, print the verl settings that result, and start nothing.")] = False,
 ):
     """Train one policy with DAPO, with or without feedback.
 
     A step samples groups of rollouts, shows later ones the feedback of earlier failures, and updates the policy.
     Evaluations, transcripts and checkpoints go to the run's folder; the same command goes on after a stop.
+    engine: local is one process; engine: verl is Ray, vLLM and FSDP, here or on the cluster that RAY_ADDRESS names.
 
     \b
     Examples: fg-dapo train --config experiments/configs/tiny_fg_replay.yaml
               fg-dapo train -c experiments/configs/tiny_dapo.yaml --set seed=1 --set train.steps=100
+              fg-dapo train -c experiments/configs/verl_8x4090_lora.yaml --dry-run
     """
     from fg_dapo.config import load_arms, load_config
     c = load_arms(config, settings or [], [arm])[arm] if arm and config else load_config(config, [*([f"arm={arm}"] if arm else []), *(settings or [])])
-    _need_inputs(c)
     out = out or Path("runs") / (config.stem if config else "train") / f"{c.arm}-s{c.seed}"
+    if dry_run: return _dry_run(c, out)
+    _need_inputs(c)
     typer.echo(f"{c.arm}, seed {c.seed}, {c.train.steps} steps of {c.train.tasks_per_step} tasks x {c.train.rollouts} rollouts, in {out}")
-    from fg_dapo.engines.local import train as run
+    if c.engine == "verl":
+        import verl, ray # Named in the error where they are missing
+        typer.echo(f"verl on {'a CPU, for tests' if c.hardware.device == 'cpu' else f'{c.hardware.nodes} x {c.hardware.gpus_per_node} GPUs'}; what its processes print goes to {out / 'log.txt'}")
+        from fg_dapo.engines.verl_launch import train as run
+    else: from fg_dapo.engines.local import train as run
     typer.echo(f"done: {run(c, out, resume=resume)}")
+
+def _dry_run(config, out):
+    "Print verl's settings for a run, having checked that verl has them."
+    if config.engine != "verl": raise ValueError("--dry-run prints the settings of verl; this run has engine: local (fg-dapo config prints its own)")
+    from fg_dapo.engines.verl_config import as_arguments, compose, overrides
+    settings = overrides(config, out)
+    compose(settings)
+    typer.echo("\n".join(as_arguments(settings)))
+
+@app.command()
+def plan(
+    config:Annotated[Path|None, typer.Option("--config", "-c", help="YAML file of a run with engine: verl.")] = None,
+    settings:Settings = None,
+):
+    """Say whether a run fits its GPUs, and how long a step takes.
+
+    Arithmetic, not a measurement: weights, gradients, optimizer, activations, logits and KV cache of every phase, RAM for
+    what is offloaded, seconds a step. Where a run does not fit, what to change, in order. Exits with 1 if it does not fit.
+
+    \b
+    Example: fg-dapo plan --config experiments/configs/verl_8x4090_full.yaml --set train.rollouts=6
+    """
+    from fg_dapo.config import load_config
+    from fg_dapo.engines.plan import fallbacks, plan as make, render
+    c = load_config(config, settings or [])
+    p = make(c)
+    typer.echo(render(p, fallbacks(c)))
+    if not p.fits: raise typer.Exit(1)
+
+@app.command()
+def export(
+    run:Annotated[Path, typer.Argument(help="A run's folder (its last checkpoint is taken).")],
+    out:Annotated[Path, typer.Option(help="Folder for the model.")],
+    force:Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
+):
+    """Copy a run's last policy to a Hugging Face folder.
+
+    Configuration, tokenizer and safetensors, and nothing else: what transformers, vLLM and fg-dapo evaluate load.
+
+    \b
+    Example: fg-dapo export runs/verl_cpu/fg_replay-s0 --out models/fg
+    """
+    import shutil
+    from fg_dapo.demo import is_model, last_checkpoint
+    model = last_checkpoint(run)
+    if out.exists() and any(out.iterdir()) and not (force and is_model(out)): raise ValueError(f"{out} is not empty; choose another --out, or --force to replace a model")
+    out.mkdir(parents=True, exist_ok=True)
+    keep = [p for p in sorted(model.iterdir()) if p.suffix in (".json", ".jinja", ".txt", ".model") and p.name != "state.json" or p.name.startswith("model") and p.suffix == ".safetensors"]
+    for p in keep: shutil.copy2(p, out / p.name)
+    typer.echo(f"{model} is in {out}: {', '.join(p.name for p in keep)}")
 
 # %% ../nbs/90_cli.ipynb #0ccb60ff
 @app.command()
