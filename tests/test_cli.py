@@ -64,7 +64,7 @@ def test_the_first_page():
     (["train", "--set", "train.step=3"], ["train.step", "'train.steps'"]),
     (["train", "--set", "steps"], ["'steps'", "section.key=value"]),
     (["train", "--seed", "1"], ["--seed"]),
-    (["train", "--set", "engine=verl"], ["verl", "not built yet"]),
+    (["train", "--set", "engine=verl", "--set", "hardware.dtype=bfloat16"], ["hardware.dtype=bfloat16", "set dtype to float32"]),
     (["train"], ["'data'", "fg-dapo data --out data"]),
     (["evaluate"], ["checkpoint"]),
     (["evaluate", "none"], ["'none'", "fg-dapo warmstart"]),

@@ -78,7 +78,7 @@ def test_merge_leaves_its_arguments_alone():
 @pytest.mark.parametrize("bad", ["[[1], {a: b}]", "{a: 1}", "-1.5e9", ".nan", ""])
 def test_a_value_of_the_wrong_kind_is_refused_by_name(key, bad):
     free_text = key in ("data.folder", "policy.checkpoint", "arm")
-    if bad == "" and key in ("train.threads", "algorithm.feedback_guidance.stop_after_successes"): return # Empty is null, which they take
+    if bad == "" and key in ("train.threads", "algorithm.feedback_guidance.stop_after_successes", "algorithm.feedback_guidance.llm.cache"): return # Empty is null, which they take
     found = errors(f"{key}={bad}")
     assert any(key in e for e in found) and len(found) < 8, (found, free_text)
 
@@ -102,9 +102,9 @@ def test_a_key_in_the_wrong_section_is_found(key):
     if found: assert any(f"the nearest is {m!r}" in found[0] for m in meant)
 
 def test_all_errors_come_at_once():
-    found = errors("train.rollouts=1", "nonsense", "algorithm.clip_hihg=1", "seed=-1", "algorithm.pg_weight=0", "algorithm.transfer.mode=none", "engine=verl")
+    found = errors("train.rollouts=1", "nonsense", "algorithm.clip_hihg=1", "seed=-1", "algorithm.pg_weight=0", "algorithm.transfer.mode=none", "engine=verl", "hardware.nodes=2")
     text = "\n".join(found)
-    for part in ("train.rollouts", "'nonsense' is not of the form", "'algorithm.clip_high'", "seed", "nothing is trained", "not built yet"): assert part in text
+    for part in ("train.rollouts", "'nonsense' is not of the form", "'algorithm.clip_high'", "seed", "nothing is trained", "set nodes to 1"): assert part in text
     assert len(found) == 6
 
 def test_an_error_names_the_override_or_the_file(tmp_path):
@@ -113,8 +113,11 @@ def test_an_error_names_the_override_or_the_file(tmp_path):
     assert sorted(e.partition(":")[0] for e in found) == sorted([str(tmp_path / "c.yaml"), "override 'train.steps=0'"])
 
 @pytest.mark.parametrize("override, words", [
-    ("algorithm.feedback_guidance.use_llm_enhancement=true", "not built yet"),
-    ("engine=verl", "use 'local'"),
+    ("algorithm.feedback_guidance.use_llm_enhancement=yes please", "boolean"),
+    ("algorithm.feedback_guidance.llm.base_url=localhost:8000", "match pattern"),
+    ("algorithm.feedback_guidance.llm.base_url=http://me:secret@there/v1", "match pattern"),
+    ("algorithm.feedback_guidance.llm.mode=both", "'enhanced' or 'full'"),
+    ("train.alarm.mode=no way", "'off', 'warn' or 'stop'"),
     ("engine=vrel", "engine"),
     ("algorithm.feedback_guidance.start_rollout=8", "leave none that could read feedback"),
     ("algorithm.feedback_guidance.max_feedback_tokens=512", "no room for the task"),
@@ -126,6 +129,44 @@ def test_an_error_names_the_override_or_the_file(tmp_path):
 ])
 def test_impossible_settings(override, words):
     assert any(words in e for e in errors(override))
+
+# 16 tasks x 8 rollouts in 4 updates on 2 ranks, the defaults, is 32 rollouts an update and 16 a rank
+@pytest.mark.parametrize("overrides, words", [
+    (["algorithm.updates=5"], "algorithm.updates: 16 tasks a step cannot be dealt out over 5 updates; use a divisor"),
+    (["hardware.device=cuda", "hardware.gpus_per_node=5", "algorithm.transfer.mode=none"], "train.rollouts: an update of 4 tasks x 8 rollouts cannot be dealt out over 5 ranks"),
+    (["hardware.device=cuda", "hardware.gpus_per_node=8", "hardware.nodes=3", "algorithm.transfer.rows=48"], "train.rollouts: an update of 4 tasks x 8 rollouts cannot be dealt out over 24 ranks"),
+    (["hardware.device=cuda", "hardware.gpus_per_node=4", "hardware.tensor_parallel=3"], "hardware.tensor_parallel: 4 GPUs cannot be dealt out over servers of 3"),
+    (["algorithm.transfer.rows=31"], "algorithm.transfer.rows: 31 replay rows cannot be dealt out over 2 ranks"),
+    (["hardware.tensor_parallel=2"], "hardware.tensor_parallel: device 'cpu' is for tests: set tensor_parallel to 1"),
+    (["hardware.attention=flash_attention_2"], "hardware.attention: device 'cpu' is for tests: set attention to sdpa"),
+    (["hardware.dtype=bfloat16"], "hardware.dtype: device 'cpu' is for tests: set dtype to float32"),
+    (["hardware.nodes=2"], "hardware.nodes: device 'cpu' is for tests: set nodes to 1"),
+])
+def test_what_verl_cannot_do_is_refused_there_and_only_there(overrides, words):
+    found = errors("engine=verl", *overrides)
+    assert len(found) == 1 and found[0].endswith(words)
+    load_config(None, ["engine=local", *overrides])
+
+def test_verl_takes_the_defaults(): assert load_config(None, ["engine=verl"]).engine == "verl"
+
+def test_a_single_update_must_fit_the_ranks_and_the_rest_does_not_matter():
+    load_config(None, ["engine=verl", "hardware.device=cuda", "hardware.gpus_per_node=8", "hardware.nodes=2", "algorithm.updates=4"]) # 32 rollouts an update, 16 ranks
+    load_config(None, ["engine=verl", "algorithm.transfer.rows=31", "algorithm.transfer.mode=strip"]) # Without replay nobody deals out its rows
+
+def test_feedback_that_would_never_be_shown_is_refused():
+    top = "algorithm.feedback_guidance"
+    on = [f"{top}.use_llm_enhancement=true", f"{top}.llm.max_tokens=161"]
+    assert "a feedback of 161 tokens is not shown when algorithm.feedback_guidance.max_feedback_tokens is 160" in errors(*on)[0]
+    load_config(None, [*on, f"{top}.max_feedback_tokens=161"])
+    load_config(None, on[1:])
+    load_config(None, [*on, f"{top}.enable=false"])
+
+@pytest.mark.parametrize("text", ["off", "'off'", "false"])
+def test_an_alarm_can_be_off_in_plain_yaml(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"train:\n  alarm: {{mode: {text}}}\n")
+    c = load_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(dump(c))
+    assert c.train.alarm.mode == "off" and load_config(tmp_path / "c.yaml") == c
 
 def test_a_cold_filter_needs_two_cold_rows():
     top = "algorithm.feedback_guidance"

@@ -7,13 +7,14 @@ __all__ = ['objects', 'to_sample', 'fetch', 'RunFailed', 'GroupBuffer', 'GuidedA
            'FeedbackGuidedDAPOTrainer', 'Runner', 'main']
 
 # %% ../../nbs/engines/46_verl.ipynb #87cdb719
-import dataclasses, json, os, resource, shutil, sys, time, traceback
+import resource, shutil, time, traceback
 from functools import partial
 from pathlib import Path
 
 import ray, torch
 import transfer_queue as tq
-from omegaconf import OmegaConf, open_dict
+from fastcore.basics import patch
+from omegaconf import open_dict
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
 from verl.trainer import main_ppo
@@ -22,12 +23,10 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer as VerlReplayBuffer
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import validate_config
-from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import sft_loss
-from verl.workers.utils.padding import response_to_nested
 
 from ..core import RunDir, append_jsonl, read_json, rng_for, seed_for, write_json
 from .local import Replayer, Sample, flat, judge, mean, rewind, rollout_row, step_metrics, summary, to_entry
@@ -197,8 +196,6 @@ class FeedbackGuidedDAPOTrainer(PPOTrainerSync):
         return batch
 
 # %% ../../nbs/engines/46_verl.ipynb #07e67031
-from fastcore.basics import patch
-
 @patch
 def step(self:FeedbackGuidedDAPOTrainer, metrics:dict, timing_raw:dict):
     "One training step."
@@ -213,8 +210,7 @@ def step(self:FeedbackGuidedDAPOTrainer, metrics:dict, timing_raw:dict):
 def account(self:FeedbackGuidedDAPOTrainer, samples:list[Sample], metrics:dict, timing:dict, seconds:float, reexecuted:int)->None:
     "Count a step, and write it down."
     t, n = self.run.train, self.numbers
-    guided, _, stats = sum(s.guided for s in samples), None, judge(samples, self.run)[2]
-    _, keep, _ = judge(samples, self.run)
+    guided, (_, keep, stats) = sum(s.guided for s in samples), judge(samples, self.run)
     failed = sum(s.result["error"] is not None for s in samples)
     self.ledger.add(rollouts_cold=len(samples) - guided, rollouts_guided=guided, tokens=sum(s.rollout.tokens for s in samples), updates=n.get("updates", 0) + n.get("replay_updates", 0),
         reexecuted=reexecuted, seconds=seconds)
@@ -338,7 +334,6 @@ def on_step_end(self:FeedbackGuidedDAPOTrainer)->None:
         if getattr(self, "saved", 0) != self.global_steps: self._save_checkpoint()
         self.total_training_steps = self.global_steps # The loop's own end
         return
-    if str(self.global_steps) in os.environ.get("FG_DAPO_SKIP_SYNC", "").split(","): return # The tests' negative control
     self.beat("weight synchronisation")
     super(FeedbackGuidedDAPOTrainer, self).on_step_end()
     self.beat("step done")
@@ -355,7 +350,7 @@ class Runner(main_ppo.TaskRunnerV1.__ray_metadata__.modified_class):
 def main(
     out:str|Path, # A run's folder, with its manifest
 )->None:
-    "Run verl in this process; `engines.verl_launch` starts it as a child."
+    "Run verl in this process; `engines.verl_launch` starts it as a child, with the variables it needs."
     from fg_dapo.config import check_config
     from fg_dapo.engines.verl_config import compose, overrides
     config = compose(overrides(check_config(RunDir(Path(out)).manifest["config"]), out))

@@ -20,11 +20,10 @@ from ..agent.chat import chat_format
 from ..agent.episode import Limits
 from ..config import RunConfig
 from ..core import seed_for
-from .sampler import Dialogue, Job, text_ids
+from .sampler import Dialogue, Job, shown, text_ids
 from ..method.feedback import RuleBased, accumulate
 from ..method.groups import Group, plan_waves
 from ..method.reward import result_of
-from ..policy import write_feedback
 from ..world.directory import CompanyDirectory
 from ..world.records import load_world
 
@@ -166,8 +165,8 @@ class GuidedWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         key = ("eval", trajectory["step"], prompt["index"]) if validate else ("sample", trajectory["step"], index)
 
         async def rollout(p:int):
-            shown = accumulate(group.critiques_for(p), fb.accumulation_mode, fb.max_feedback_tokens, tokens)
-            return await self._run_agent_loop(dict(params), trajectory=trajectory, trace=trace, session_id=p, feedback=write_feedback(c.policy.chat, shown),
+            critiques = accumulate(group.critiques_for(p), fb.accumulation_mode, fb.max_feedback_tokens, tokens)
+            return await self._run_agent_loop(dict(params), trajectory=trajectory, trace=trace, session_id=p, feedback=shown(critiques, here.chat),
                 seed=seed_for(c.seed, *key, p) % 2**63, **prompt)
 
         while positions := group.ready():
