@@ -72,7 +72,7 @@ def test_the_world_needs_no_torch():
 
 # Requirements
 
-DIST = dict(yaml="pyyaml", PIL="pillow", markdown_it="markdown-it-py") # Import names that differ from the distribution's
+DIST = dict(yaml="pyyaml", PIL="pillow", markdown_it="markdown-it-py", hydra="hydra-core", transfer_queue="transferqueue") # Import names that differ from the distribution's
 
 def settings():
     p = ConfigParser(delimiters=["="])
@@ -94,7 +94,7 @@ def third_party(path, top=False):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_is_imported_is_required(path):
-    optional = {"verl", "ray", "vllm"} if layer(name_of(path)) in ("engines", "bench") else set()
+    optional = {*required("verl-cpu_requirements"), "vllm"} if layer(name_of(path)) in ("engines", "bench", "cli") else set()
     allowed = set(required("requirements", "local_requirements", "logging_requirements")) | optional
     assert third_party(path) <= allowed
     if layer(name_of(path)) in ("core", "config", "world", "agent", "doctor", "demo", "cli"): assert third_party(path, top=True) <= set(required("requirements"))

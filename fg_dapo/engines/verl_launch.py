@@ -62,7 +62,7 @@ def policy_folder(
     out:str|Path, # The run's folder
 )->Path: # Raises `FileNotFoundError`
     "The last policy of a run, as a Hugging Face folder."
-    folder = Path(out) / f"checkpoints/global_step_{last_step(out)}/actor/huggingface"
+    folder = Path(out) / f"checkpoints/global_step_{last_step(out)}/policy"
     if not (folder / "config.json").is_file(): raise FileNotFoundError(f"{out} has no checkpoint yet")
     return folder
 

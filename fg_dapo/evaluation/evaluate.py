@@ -62,7 +62,7 @@ def spent(
     checkpoint:str|Path, # A Hugging Face folder
 )->dict: # step, tasks, rollouts, tokens, seconds; zeros for a policy that no run has trained
     "What a checkpoint had cost, by its run's ledger."
-    state = next((f for f in (Path(checkpoint) / "state.json", Path(checkpoint).parent.parent / "fg_dapo.json") if f.exists()), None) # Of the local engine, of verl
+    state = next((f for f in (Path(checkpoint) / "state.json", Path(checkpoint).parent / "fg_dapo.json") if f.exists()), None) # Of the local engine, of verl
     if state is None: return dict(step=0, tasks=0, rollouts=0, tokens=0, seconds=0.0)
     s = read_json(state)
     return dict(step=s["step"], tasks=s["tasks"], **{k: s["ledger"][k] for k in ("rollouts", "tokens", "seconds")})
