@@ -29,7 +29,7 @@ env: $(VENV)/.local-done ## Create .venv with what training needs
 
 env-dev: $(VENV)/.dev-done ## Add what notebooks, tests and this Makefile need
 
-bench: env ## Measure speed and memory, and print a table (BENCH="--vllm-python PATH" compares with vLLM)
+bench: env-dev ## Measure speed and memory, against vLLM too, and print a table (some 10 minutes; BENCH="--no-verl" is shorter)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m fg_dapo.bench $(BENCH)
 
 nbtest: env-dev ## Run every notebook

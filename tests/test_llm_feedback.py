@@ -79,6 +79,11 @@ def llm(server, cls=LLMEnhanced, timeout_seconds=5.0, max_tokens=100, cache=None
     return cls(ChatClient(config, max_retries, **kw), VALUES)
 
 def counts(generator): return {k: v for k, v in generator.stats().items() if v and k != "seconds"}
+def until(ready, seconds=20):
+    "Wait for something to be true."
+    end = time.monotonic() + seconds
+    while not ready() and time.monotonic() < end: time.sleep(.005)
+
 def prompts(server): return [b["messages"][1]["content"] for _, _, b in server.heard]
 
 # What is asked and used
@@ -200,14 +205,18 @@ def test_tokens_are_counted_with_the_policys_tokenizer(server):
 
 def test_after_failures_in_a_row_it_is_left_alone_for_a_while(server, caplog):
     server.says = [dict(status=500)]
-    generate = llm(server, patience=3, pause_seconds=.5)
+    generate = llm(server, patience=3, pause_seconds=60.0)
     with caplog.at_level(logging.WARNING, logger="fg_dapo.method.llm_feedback"):
         for _ in range(5): assert generate(INFO, TRANSCRIPT) == FALLBACK
     assert counts(generate) == dict(asked=5, requests=3, error=3, paused=2) and len(server.heard) == 3
     [record] = caplog.records
     assert server.url in record.message and "3 times in a row" in record.message and "llm.base_url" in record.message and "InternalServerError" in record.message
-    server.says = [GOOD]
-    time.sleep(.55)
+
+def test_after_the_pause_it_is_asked_again(server):
+    server.says = [dict(status=500)] * 2 + [GOOD]
+    generate = llm(server, patience=2, pause_seconds=.2)
+    for _ in range(2): generate(INFO, TRANSCRIPT)
+    time.sleep(.25)
     assert generate(INFO, TRANSCRIPT) == GOOD
 
 def test_a_success_between_failures_resets_the_count(server):
@@ -227,11 +236,13 @@ def test_an_unusable_text_is_no_failure_of_the_server(server):
 def attempt(i): return TRANSCRIPT.replace("search Harbor Bank", f"search Harbor Bank {string.ascii_lowercase[i % 26]}{string.ascii_lowercase[i // 26]}")
 
 def test_many_threads_ask_at_once(server):
-    server.says = [lambda body: dict(content=GOOD, sleep=.2)]
-    generate = llm(server)
+    def say(body): # The first 12 requests wait for each other
+        until(lambda: server.most >= 12)
+        return GOOD
+    server.says, generate = [say], llm(server, timeout_seconds=30.0)
     with ThreadPoolExecutor(24) as pool: texts = list(pool.map(lambda i: generate(INFO, attempt(i)), range(48)))
     assert texts == [GOOD] * 48 and counts(generate) == dict(asked=48, written=48, requests=48)
-    assert server.most > 8 and len(set(prompts(server))) == 48
+    assert server.most >= 12 and len(set(prompts(server))) == 48
 
 def test_an_event_loop_is_not_held_up(server):
     server.says = [lambda body: dict(content=GOOD, sleep=.5)]
@@ -246,16 +257,22 @@ def test_an_event_loop_is_not_held_up(server):
     assert texts == [GOOD] * 4 and beats >= 5
 
 def test_who_asks_the_same_at_the_same_time_shares_a_request(server):
-    server.says = [lambda body: dict(content=GOOD, sleep=.5)]
-    generate = llm(server)
+    generate = llm(server, timeout_seconds=30.0)
+    def say(body): # Only when the seven others wait too
+        until(lambda: generate.client.tally["shared"] == 7)
+        return GOOD
+    server.says = [say]
     with ThreadPoolExecutor(8) as pool: texts = list(pool.map(lambda _: generate(INFO, TRANSCRIPT), range(8)))
     assert texts == [GOOD] * 8 and counts(generate) == dict(asked=8, written=8, requests=1, shared=7)
     generate(INFO, TRANSCRIPT)
     assert len(server.heard) == 2 # Nothing is kept without a cache
 
 def test_who_shares_a_request_shares_its_failure(server):
-    server.says = [lambda body: dict(status=500, sleep=.5)]
-    generate = llm(server)
+    generate = llm(server, timeout_seconds=30.0)
+    def say(body):
+        until(lambda: generate.client.tally["shared"] == 7)
+        return dict(status=500)
+    server.says = [say]
     with ThreadPoolExecutor(8) as pool: texts = list(pool.map(lambda _: generate(INFO, TRANSCRIPT), range(8)))
     assert texts == [FALLBACK] * 8 and counts(generate) == dict(asked=8, error=8, requests=1, shared=7) and generate.client.flying == {}
 
