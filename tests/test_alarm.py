@@ -41,7 +41,7 @@ def test_limits(now, want): assert kinds(then(**now)) == want
 
 def test_a_small_fall_of_a_small_success_is_noise():
     early = rows(4, acc_cold=.12)
-    assert kinds(early + rows(3, acc_cold=.03)) == [] # Three quarters are lost, but only 0.09
+    assert kinds(early + rows(3, acc_cold=.03, acc_guided=.9)) == [] # Three quarters are lost, but only 0.09
     assert kinds(early + rows(3, acc_cold=.02)) == ["cold_gap"]
 
 def test_the_gap_is_seen_where_success_had_to_rise_first():

@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from jinja2 import UndefinedError
 
 from fg_dapo.agent.chat import chat_format
 from fg_dapo.agent.episode import Limits
@@ -120,6 +121,10 @@ def test_the_answer_half_of_a_diagnosis_is_not_sent(server):
     for cls in (LLMEnhanced, FullLLM):
         llm(server, cls)(INFO, TRANSCRIPT), llm(server, cls)(other, TRANSCRIPT)
         assert prompts(server)[-1] == prompts(server)[-2]
+
+def test_a_template_of_full_cannot_reach_the_rules_text(monkeypatch):
+    monkeypatch.setitem(LLM_TEMPLATES, "full", "{{ advice }}")
+    with pytest.raises(UndefinedError, match="'advice' is undefined"): llm_messages("full", INFO, TRANSCRIPT, FALLBACK)
 
 def test_enhanced_shows_the_last_five_turns_and_full_shows_all(server):
     long = "<|task|> Help.<|act|>" + "".join(f"search number {w}<|end|><|tool|> error<|act|>" for w in "abcdefgh")

@@ -143,9 +143,8 @@ def agent_turns(
     text:str, # Prompt and episode, or the episode alone, in the format `chat`
     chat, # The format it is written in
 )->list[str]: # What the agent wrote, turn by turn, without the stop token
-    "The agent's own turns in a transcript."
+    "The agent's own turns in a transcript. One without the stop token was cut and never carried out, so it is not among them."
     begin = "<|act|>" if chat.name == "compact" else "<|im_start|>assistant\n"
     parts = text.split(begin)
     parts = parts if not text.startswith(("<|task|>", "<|im_start|>")) else parts[1:]
-    if parts and not parts[-1]: parts.pop() # The agent was never heard
-    return [p.split(chat.stop)[0] for p in parts]
+    return [p.split(chat.stop)[0] for p in parts if chat.stop in p]
