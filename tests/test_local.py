@@ -196,7 +196,7 @@ def test_dropped_groups_are_replaced_up_to_the_limit(small, tmp_path):
 def test_as_many_groups_are_added_as_are_missing(small, tmp_path, monkeypatch, useful, batches, sizes):
     t = Trainer(load_config(None, [*small, f"algorithm.refill_batches={batches}"]), tmp_path / "r")
     asked = []
-    def by_hand(sampler, scenarios, config, step, batch, first):
+    def by_hand(sampler, scenarios, config, step, batch, first, generate):
         asked.append((len(scenarios), batch, first))
         out = collect(sampler, scenarios, config, step, batch, first)
         for s in out: s.result["acc"] = float(s.group in useful and s.position == 1)

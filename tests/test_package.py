@@ -95,7 +95,7 @@ def third_party(path, top=False):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_is_imported_is_required(path):
     optional = {*required("verl-cpu_requirements"), "vllm"} if layer(name_of(path)) in ("engines", "bench", "cli") else set()
-    allowed = set(required("requirements", "local_requirements", "logging_requirements")) | optional
+    allowed = set(required("requirements", "local_requirements", "logging_requirements", "llm_requirements")) | optional
     assert third_party(path) <= allowed
     if layer(name_of(path)) in ("core", "config", "world", "agent", "doctor", "demo", "cli"): assert third_party(path, top=True) <= set(required("requirements"))
 

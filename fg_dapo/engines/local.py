@@ -24,7 +24,9 @@ from ..agent.scripted import plan_of
 from ..config import RunConfig
 from ..core import RunDir, append_jsonl, open_run, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl
 from .sampler import Job, Rollout, Sampler, shown, text_ids
+from ..method.alarm import Collapsed, Watch
 from ..method.feedback import RuleBased, accumulate
+from ..method.llm_feedback import make_generator
 from ..method.groups import Group, Ledger, choose_guided, plan_waves
 from ..method.objective import dapo_loss, filter_counts, group_advantages, importance_weights, keep_groups, overlong_penalty, replay_loss
 from ..method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_entry
@@ -65,6 +67,7 @@ def collect(
     step:int, # Seeds the sampling
     batch:int=0, # Which batch of groups within the step; seeds it too
     first:int=0, # The number of the first group
+    generate=None, # A feedback generator; the run's rule-based one when left out
 )->list[Sample]: # By group and position
     "Sample groups, wave by wave."
     fb, n = config.algorithm.feedback_guidance, config.train.rollouts
@@ -73,14 +76,14 @@ def collect(
     guided = choose_guided(len(scenarios), share, seed_for(config.seed, *more) if batch else config.seed, step)
     waves = plan_waves(n, fb.start_rollout, fb.wave_sizes) if fb.enable else (tuple(range(n)),)
     groups = [Group(i, n, g, waves, fb.stop_after_successes) for i, g in enumerate(guided)]
-    generate, out = RuleBased(fb.detail), []
+    generate, out = generate or RuleBased(fb.detail), []
     def count(text): return len(sampler.encode(text))
     def jobs(g:Group)->list[Job]:
         critiques = {p: accumulate(g.critiques_for(p), fb.accumulation_mode, fb.max_feedback_tokens, count) for p in g.ready()}
         return [Job(scenarios[g.index], shown(c, sampler.chat), (g.index, p)) for p, c in critiques.items()]
     def on_done(r:Rollout)->list[Job]:
         i, p = r.job.tag
-        result = result_of(r.episode, generate, "")
+        result = result_of(r.episode, generate, r.text)
         groups[i].record(p, result["score"], result["acc"], result["feedback"])
         out.append(Sample(r, first + i, p, bool(r.job.feedback), count(r.job.feedback), result))
         return jobs(groups[i])
@@ -106,13 +109,14 @@ def sample_step(
     config:RunConfig,
     step:int, # Seeds the sampling
     tasks:int, # Tasks taken before this step
+    generate=None, # A feedback generator
 )->tuple[list[Sample], int, float]: # By group and position; tasks taken by now; seconds in the simulators
     "The rollouts of a step, dropped groups replaced."
     n, out, seconds, groups, batch = config.train.tasks_per_step, [], 0.0, 0, 0
     want = n
     while want > 0:
         order = task_order(len(scenarios), config.seed, tasks + groups, want, config.data.shuffle)
-        out += collect(sampler, [scenarios[i] for i in order], config, step, batch, groups)
+        out += collect(sampler, [scenarios[i] for i in order], config, step, batch, groups, generate)
         seconds += sampler.env_seconds
         groups, batch = groups + want, batch + 1
         want = min(n - judge(out, config)[2]["groups_kept"], n * (1 + config.algorithm.refill_batches) - groups)
@@ -475,6 +479,7 @@ class Trainer:
         self.scenarios = self.world.scenarios("train")
         self.sampler = make_sampler(self.model, self.tok, self.world, config, config.train.temperature, min(128, config.train.tasks_per_step * config.train.rollouts))
         self.replayer = Replayer({s.task.id: s for s in self.scenarios}, config, self.sampler.chat, {c.name for c in self.world.companies.values()})
+        self.generate = make_generator(config, lambda text: len(self.sampler.encode(text)))
         if done := checkpoints(self.run):
             if not resume: raise ValueError(f"{self.run.path} holds a run already; resume it, or choose another folder")
             self.restore(done[-1])
@@ -499,7 +504,7 @@ def train_step(self:Trainer)->tuple[dict, list[Sample]]:
     "Sample, train, count."
     c, tr, clock = self.config, self.config.train, time.perf_counter
     t0 = clock()
-    samples, self.tasks, env = sample_step(self.sampler, self.scenarios, c, self.step, self.tasks)
+    samples, self.tasks, env = sample_step(self.sampler, self.scenarios, c, self.step, self.tasks, self.generate)
     t1 = clock()
     self.model.train()
     pg, kept = policy_gradient(self.model, self.opt, samples, c, self.tok)
@@ -519,6 +524,7 @@ def train_step(self:Trainer)->tuple[dict, list[Sample]]:
     row = dict(step=self.step, tasks=self.tasks, rollouts=self.ledger.rollouts, **{k: v for k, v in pg.items() if k != "updates"}, replay_loss=replay["replay_loss"],
         **step_metrics(samples, tr.rollouts), buffer=len(self.replayer.buffer), solved_tasks=len(self.replayer.buffer.tasks),
         seconds=dict(sample=t1 - t0 - env, env=env, update=t2 - t1), peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, ledger=self.ledger.as_dict())
+    if hasattr(self.generate, "stats"): row["feedback"] = self.generate.stats()
     return row, samples
 
 @patch
@@ -543,15 +549,18 @@ def train(
     bar = tqdm(total=tr.steps, initial=trainer.step, desc=config.arm, unit="step", disable=not progress, dynamic_ncols=True)
     try:
         with Interrupt() as interrupt:
+            watch = Watch(tr.alarm, read_jsonl(trainer.run / "metrics.jsonl") if (trainer.run / "metrics.jsonl").exists() else (), bar.write)
             if trainer.step == 0 and tr.eval_every: log.row("evals", trainer.evaluate())
             while trainer.step < tr.steps:
                 row, samples = trainer.train_step()
+                why = watch(row)
                 log.row("metrics", row)
                 for s in samples:
                     if s.group < tr.sample_groups: append_jsonl(trainer.run / "rollouts.jsonl", rollout_row(s, step=trainer.step))
                 last = trainer.step == tr.steps
                 if tr.eval_every and (trainer.step % tr.eval_every == 0 or last): log.row("evals", trainer.evaluate())
-                if trainer.step % tr.checkpoint_every == 0 or last or interrupt.asked: trainer.save()
+                if trainer.step % tr.checkpoint_every == 0 or last or interrupt.asked or why: trainer.save()
+                if why: raise Collapsed(why)
                 at = row["acc_by_position"]
                 bar.set_postfix_str(f"success at rollout 1 {at[0]:.2f}, {len(at)} {at[-1] if at[-1] is not None else float('nan'):.2f}; solved {row['solved_tasks']}")
                 bar.update()

@@ -72,7 +72,7 @@ def alarms(
     return out + _gap_alarm(rows, now, config.reference)
 
 # %% ../../nbs/method/70_alarm.ipynb #a65e7b7f
-class Collapsed(RuntimeError):
+class Collapsed(ValueError):
     "Training was stopped by the alarm; the checkpoint was saved."
 
 class Watch:
