@@ -94,6 +94,42 @@ def test_a_missing_model_is_refused_before_torch_is_imported(empty):
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert r.stdout.strip() == "1 False" and "policy.checkpoint" in r.stderr and "fg-dapo warmstart" in r.stderr
 
+# The verl engine's commands
+
+def test_a_dry_run_prints_what_verl_gets_and_starts_nothing(empty):
+    code, said = ask("train", "-c", ROOT / "experiments/configs/verl_8x4090_lora.yaml", "--dry-run", "--set", "algorithm.clip_high=0.3", "--set", "train.rollouts=4")
+    lines = dict(x.split("=", 1) for x in said.splitlines())
+    assert code == 0 and lines["actor_rollout_ref.actor.clip_ratio_high"] == "0.3" and lines["actor_rollout_ref.rollout.n"] == "4" and lines["trainer.n_gpus_per_node"] == "8"
+    assert lines["actor_rollout_ref.model.path"] == "Qwen/Qwen3-8B" and lines["actor_rollout_ref.model.lora_rank"] == "32" and not (empty / "runs").exists()
+    code, said = ask("train", "--dry-run")
+    assert code == 1 and "engine: local" in said
+
+@pytest.mark.parametrize("script, arm, guided", [("run_baseline_dapo.sh", "dapo", "false"), ("run_feedback_guided_dapo.sh", "fg_replay", "true")])
+def test_the_launch_scripts_differ_in_the_method_only(script, arm, guided):
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    r = subprocess.run(["bash", str(ROOT / "experiments/configs" / script), "--dry-run"], capture_output=True, text=True, env=env, timeout=120)
+    assert r.returncode == 0, r.stderr
+    run = json.loads(next(x for x in r.stdout.splitlines() if x.startswith("+fg_dapo=")).split("config:", 1)[1].split(",out:")[0].strip("'").replace("\\'", "'"))
+    assert run["arm"] == arm and str(run["algorithm"]["feedback_guidance"]["enable"]).lower() == guided and run["seed"] == 0
+    rest = [x for x in r.stdout.splitlines() if not x.startswith(("+fg_dapo=", "trainer.experiment_name", "trainer.default_local_dir"))]
+    other = subprocess.run(["bash", str(ROOT / "experiments/configs/run_baseline_dapo.sh"), "--dry-run"], capture_output=True, text=True, env=env, timeout=120).stdout.splitlines()
+    assert rest == [x for x in other if not x.startswith(("+fg_dapo=", "trainer.experiment_name", "trainer.default_local_dir"))]
+
+def test_the_plan_says_whether_a_run_fits(empty):
+    code, said = ask("plan", "-c", ROOT / "experiments/configs/verl_8x4090_lora.yaml")
+    assert code == 0 and "it fits" in said and "not a measurement" in said
+    code, said = ask("plan", "-c", ROOT / "experiments/configs/verl_8x4090_full.yaml", "--set", "hardware.gpu_memory_gb=12.0")
+    assert code == 1 and "does not fit" in said
+
+def test_export_copies_the_policy_and_nothing_else(tmp_path, raw_policy):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    code, said = ask("export", raw_policy, "--out", tmp_path / "full")
+    assert code == 1 and "not empty" in said
+    code, said = ask("export", raw_policy, "--out", tmp_path / "model")
+    assert code == 0 and (tmp_path / "model/model.safetensors").read_bytes() == (raw_policy / "model.safetensors").read_bytes()
+    assert ask("evaluate", tmp_path / "model", "--data", ROOT / "data", "--limit", "1", "--mode", "cold", "--out", tmp_path / "eval")[0] == 0
+
 # Errors
 
 @pytest.mark.parametrize("error, lines", [
