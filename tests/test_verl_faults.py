@@ -3,7 +3,7 @@
 A start takes most of a minute, so the tests share a folder: each goes on from where the one before left it, in the order of the file.
 Every fault is made from outside, by signals; only the tool that raises is a module imported by the run's own processes.
 """
-import math, os, re, signal, subprocess, sys, time
+import json, math, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,14 @@ pytest.importorskip("verl")
 import psutil, torch
 
 from fg_dapo.config import load_config
-from fg_dapo.core import append_jsonl, read_json, read_jsonl
+from fg_dapo.core import read_json, read_jsonl
 from fg_dapo.engines import verl_launch
 from fg_dapo.engines.processes import end_session, session_of, shared_memory
 from fg_dapo.engines.verl_launch import VerlError, last_step, policy_folder, train
 from fg_dapo.policy import load_policy
 
 ROOT = Path(__file__).parents[1]
-STEPS, STALL = 8, 30
+PYTHON, STEPS, STALL = sys.executable, 8, 30
 START, ERROR = 420, 90 # Seconds, on a machine that does other things too
 SETTINGS = [f"policy.checkpoint={ROOT / 'data/tiny'}", f"data.folder={ROOT / 'data'}", f"train.steps={STEPS}", "train.tasks_per_step=2", "train.rollouts=4", "train.checkpoint_every=1", "train.eval_every=0",
     "train.sample_groups=99", "algorithm.transfer.updates=1", f"hardware.stall_seconds={STALL}"]
@@ -66,6 +66,9 @@ class Launch:
     def beat(self):
         try: return read_json(self.out / "heartbeat.json")
         except (OSError, ValueError): return dict(step=0, stage="", ready=False)
+    def updating(self):
+        "Wait for the update of the step that is being sampled."
+        self.until(lambda: self.beat()["stage"].startswith(("policy gradient", "replay")), START, "update")
     def sampling(self, steps):
         "Wait until so many steps were done and saved, and the rollouts of the next are in flight."
         goal = last_step(self.out) + steps
@@ -130,10 +133,11 @@ def instead(tmp_path, monkeypatch):
     "Start a shell command in place of verl."
     def start(command, stall, start_up):
         fake = tmp_path / "python"
-        fake.write_text(f'#!/bin/sh\ncase "$2" in *"verl import main"*) {command};; *) exec {sys.executable} "$@";; esac\n')
+        fake.write_text(f'#!/bin/sh\ncase "$2" in *"verl import main"*) {command};; *) exec {PYTHON} "$@";; esac\n')
         fake.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(fake))
         monkeypatch.setattr(verl_launch, "START_UP", start_up)
+        monkeypatch.setattr(verl_launch, "GRACE", 1)
         return lambda: train(load_config(ROOT / "experiments/configs/verl_cpu.yaml", [*SETTINGS, f"hardware.stall_seconds={stall}"]), tmp_path / "run", progress=False)
     return start
 
@@ -148,6 +152,11 @@ def test_a_start_that_hangs_is_ended(instead, tmp_path):
     with pytest.raises(VerlError, match=r"^nothing has moved for \d s \(hardware.stall_seconds\), and the run was stopped; this was at step 0, starting"): run()
     assert 3 < time.monotonic() - before < 30
     assert session_of(int((tmp_path / "leader").read_text())) == []
+
+def test_a_trainer_that_hangs_is_ended(instead, tmp_path):
+    beat = dict(step=3, stage="weight synchronisation", ready=True, time=time.time())
+    run = instead(f"echo '{json.dumps(beat)}' > {tmp_path}/run/heartbeat.json; sleep 600; sleep 600", stall=2, start_up=600)
+    with pytest.raises(VerlError, match=r"^nothing has moved for \d s \(hardware.stall_seconds\), and the run was stopped; this was at step 3, weight synchronisation; "): run()
 
 # One run, and what may happen to it
 
@@ -196,11 +205,12 @@ def test_nothing_outlives_a_killed_starter(out):
         print(f"{time.monotonic() - since:.1f} s until the last process was gone")
     books(out)
 
-def test_a_run_that_hangs_is_ended_with_an_error(out):
+def test_a_server_that_hangs_ends_the_run_with_an_error(out):
     with Launch(out) as run:
         step = run.sampling(1)
-        since = run.strike("ray::(Runner|TaskRunnerV1)", signal.SIGSTOP)
-        run.failed(since, step, "nothing has moved for", "(hardware.stall_seconds)", limit=STALL + 30 + ERROR)
+        run.updating()
+        since = run.strike("VLLM::Worker", signal.SIGSTOP) # The synchronisation of weights would wait for it for ever
+        run.failed(since, step, f"has not answered for {STALL} s (hardware.stall_seconds)", "asking the servers", limit=STALL + ERROR)
         assert time.monotonic() - since > STALL
 
 def test_the_run_reaches_its_end_and_its_books_agree(out):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['objects', 'to_sample', 'fetch', 'GroupBuffer', 'GuidedActor', 'merged', 'replay_batch', 'FeedbackGuidedDAPOTrainer',
-           'Runner', 'main']
+           'show_feedback', 'Runner', 'main']
 
 # %% ../../nbs/engines/46_verl.ipynb #87cdb719
 import resource, shutil, time, traceback
@@ -31,10 +31,11 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import sft_loss
 
-from ..core import RunDir, append_jsonl, read_json, rng_for, seed_for, write_json
+from ..core import RunDir, append_jsonl, read_json, read_jsonl, rng_for, seed_for, write_json
 from .local import Replayer, Sample, flat, judge, mean, rewind, rollout_row, step_metrics, summary, to_entry
 from .sampler import Job, Rollout, text_ids
 from .verl_rollout import RunFailed, failure, stage
+from ..method.alarm import Collapsed, Watch
 from ..method.groups import Ledger, choose_guided
 from ..method.reward import replay_transcript
 from ..policy import Transcript, encode
@@ -251,13 +252,25 @@ def account(self:FeedbackGuidedDAPOTrainer, samples:list[Sample], metrics:dict, 
         rollout_probs_diff_max=n.get("probs_diff_max"), feedback_seconds=sum(s.result.get("feedback_seconds", 0.0) for s in samples),
         seconds=dict(sample=sampled, update=seconds - sampled), peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         device_memory_gb=n.get("memory_gb"), ledger=self.ledger.as_dict())
+    self.collapsed = self.watch(row)
     append_jsonl(self.dir / "metrics.jsonl", row)
     for s in samples:
         if s.group < t.sample_groups:
             ids = s.rollout.ids[:s.rollout.mask.index(1)] if 1 in s.rollout.mask else s.rollout.ids
             append_jsonl(self.dir / "rollouts.jsonl", rollout_row(s, step=self.global_steps, prompt=self.tokenizer.decode(ids), error=s.result["error"]))
     metrics.update({f"fg/{k}": v for k, v in flat(row).items()})
-    self.row = row
+    if "wandb" in t.log: show_feedback([s for s in samples if s.guided][:8], self.global_steps)
+
+def show_feedback(
+    samples:list[Sample], # Guided rollouts
+    step:int,
+)->None:
+    "Feedback and what came of it, as a table in W&B."
+    import wandb
+    if wandb.run is None or not samples: return
+    columns = ["step", "task", "position", "feedback in the prompt", "success", "score", "transcript", "feedback earned"]
+    rows = [[step, s.rollout.job.scenario.task.id, s.position + 1, s.rollout.job.feedback, s.result["acc"], s.result["score"], s.rollout.text, s.result["feedback"] or ""] for s in samples]
+    wandb.log({"feedback/examples": wandb.Table(columns=columns, data=rows)}, step=step, commit=False)
 
 # %% ../../nbs/engines/46_verl.ipynb #2a6b3a75
 @patch
@@ -355,6 +368,7 @@ def _load_checkpoint(self:FeedbackGuidedDAPOTrainer)->None:
         self.ledger, self.taken = Ledger.from_dict(state["ledger"]), state["tasks"]
         self.replayer.buffer.load_state_dict(state["buffer"])
     rewind(self.dir, self.global_steps)
+    self.watch = Watch(self.run.train.alarm, read_jsonl(self.dir / "metrics.jsonl") if (self.dir / "metrics.jsonl").exists() else ())
 
 @patch
 def on_init_end(self:FeedbackGuidedDAPOTrainer)->None:
@@ -376,9 +390,10 @@ def check_servers(self:FeedbackGuidedDAPOTrainer)->None:
 @patch
 def on_step_end(self:FeedbackGuidedDAPOTrainer)->None:
     "Weights to the servers; a wish to stop is granted here."
-    if (self.dir / "stop").exists():
+    if (self.dir / "stop").exists() or self.collapsed:
         if getattr(self, "saved", 0) != self.global_steps: self._save_checkpoint()
         self.total_training_steps = self.global_steps # The loop's own end
+    if self.collapsed: raise Collapsed(self.collapsed)
     self.check_servers()
     self.beat("weight synchronisation")
     super(FeedbackGuidedDAPOTrainer, self).on_step_end()

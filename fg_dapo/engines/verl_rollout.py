@@ -21,8 +21,9 @@ from ..agent.episode import Limits
 from ..config import RunConfig
 from ..core import seed_for
 from .sampler import Dialogue, Job, shown, text_ids
-from ..method.feedback import RuleBased, accumulate
+from ..method.feedback import accumulate
 from ..method.groups import Group, plan_waves
+from ..method.llm_feedback import make_generator
 from ..method.reward import result_of
 from ..world.directory import CompanyDirectory
 from ..world.records import load_world
@@ -39,7 +40,6 @@ class Stage:
         l = config.limits
         self.limits = Limits(l.tool_calls, l.spare_phone_calls, l.multi_turn)
         self.chat = chat_format(config.policy.chat, l.multi_turn)
-        self.generate = RuleBased(config.algorithm.feedback_guidance.detail)
 
     def dialogue(self,
         task_id:str,
@@ -49,6 +49,13 @@ class Stage:
         "A new episode."
         l = self.config.limits
         return Dialogue(Job(self.scenarios[task_id], feedback), self.chat, tok, self.directory, self.limits, l.max_prompt_tokens, l.max_new_tokens, l.max_prompt_tokens + l.max_response_tokens)
+
+    def generator(self,
+        tok, # The policy's tokenizer
+    ):
+        "The run's feedback generator, made once."
+        if not hasattr(self, "_generate"): self._generate = make_generator(self.config, lambda text: len(text_ids(tok, text)))
+        return self._generate
 
 @cache
 def stage(
@@ -121,7 +128,7 @@ class CustomerServiceLoop(AgentLoopBase):
             except Exception as e: raise RunFailed(f"a vLLM server failed: {failure(e)}") from e
         start = time.perf_counter()
         about = await play(d, generate, sampling_params, seed)
-        result = failed_result(about["error"]) | dict(feedback_seconds=0.0) if about["error"] else score(d, self.stage.generate)
+        result = failed_result(about["error"]) | dict(feedback_seconds=0.0) if about["error"] else await asyncio.to_thread(score, d, self.stage.generator(self.tok)) # A language model may take its time
         record = dict(task_id=extra_info["task_id"], position=session_id, feedback=feedback, prompt=d.prompt, turns=[list(t) for t in d.turns], truncated=d.truncated,
             generate_seconds=about["generate_seconds"], env_seconds=d.seconds, seconds=time.perf_counter() - start, result=result)
         n, versions = d.mask.index(1) if 1 in d.mask else len(d.mask) - 1, {k: about[k] for k in ("min_global_steps", "max_global_steps")}
