@@ -50,7 +50,7 @@ def replayed(tmp_path_factory):
 def stripped(tmp_path_factory):
     "Two steps with everything that the other run has not."
     c = settings("arm=fg_strip", "train.steps=2", "train.eval_every=0", "algorithm.transfer.mode=strip", "algorithm.baseline=condition", "algorithm.filter_on=cold", "algorithm.refill_batches=2", "algorithm.advantage_from=score",
-        "algorithm.feedback_guidance.guided_share=0.5", "algorithm.feedback_guidance.stop_after_successes=1", "train.log=[jsonl,tensorboard,wandb]", "hardware.agent_workers=2")
+        "algorithm.feedback_guidance.guided_share=0.5", "algorithm.feedback_guidance.stop_after_successes=1", "train.log=[jsonl,tensorboard,wandb]", "hardware.agent_workers=2", "hardware.gpus_per_node=1")
     with pytest.MonkeyPatch.context() as m:
         m.setenv("WANDB_MODE", "offline")
         return c, started(c, tmp_path_factory.mktemp("verl") / "strip")
@@ -170,6 +170,9 @@ def test_numbers_reach_tensorboard_and_wandb(stripped):
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
+    tables = list((out / "wandb").glob("offline-run-*/files/media/table/feedback/*.json"))
+    assert bool(tables) == any(r["guided"] for r in read_jsonl(out / "rollouts.jsonl"))
+    for t in tables: assert read_json(t)["columns"][3] == "feedback in the prompt" and all(row[3] for row in read_json(t)["data"])
     assert {"fg/acc_by_position/0", "fg/ledger/rollouts", "fg/acc_cold"} <= set(tags)
     assert [e.value for e in events.Scalars("fg/ledger/rollouts")] == [m["ledger"]["rollouts"] for m in read_jsonl(out / "metrics.jsonl")]
 

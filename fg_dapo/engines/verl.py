@@ -419,5 +419,5 @@ def main(
     try: main_ppo.run_ppo(config, task_runner_class=ray.remote(Runner))
     except Exception as e:
         file = RunDir(Path(out)) / "error.json"
-        if not file.exists(): write_json(file, dict(error=f"the trainer's process is gone or did not start: {failure(e)}", traceback=traceback.format_exc()))
+        if not file.exists(): write_json(file, dict(error=f"the trainer: {failure(e)}", traceback=traceback.format_exc()))
         raise

@@ -7,7 +7,7 @@ __all__ = ['logger', 'PARTS', 'Stage', 'stage', 'failed_result', 'score', 'numbe
            'failure', 'GuidedWorker', 'GuidedManager']
 
 # %% ../../nbs/engines/44_verl_rollout.ipynb #6744aeec
-import asyncio, logging, time
+import asyncio, logging, re, time
 from functools import cache
 from itertools import count
 
@@ -150,8 +150,11 @@ def failure(
     "What went wrong, with its cause."
     cause = getattr(e, "cause", None) or e
     text = cause.args[0] if cause.args and isinstance(cause.args[0], str) else str(cause)
-    line = next((x for x in text.splitlines() if x.strip()), "")
-    return (line if isinstance(cause, RunFailed) else f"{type(cause).__name__}: {line}")[:500]
+    lines = [x.strip() for x in text.splitlines() if x.strip()] or [""]
+    if isinstance(cause, ray.exceptions.ActorDiedError):
+        if gone := re.search(r"class_name: (\S+).*?pid: (\d+)", text, re.S): return f"{gone[1]} (process {gone[2]}) died: killed, or out of memory"
+        return lines[-1][:500] # It did not start; the text ends with why
+    return (lines[0] if isinstance(cause, RunFailed) else f"{type(cause).__name__}: {lines[0]}")[:500]
 
 class GuidedWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     "Plays groups: plain rollouts first, then waves that read the feedback of earlier failures."
