@@ -7,7 +7,7 @@ __all__ = ['FRAME', 'START_UP', 'GRACE', 'check_prompts', 'last_step', 'policy_f
            'stop_child', 'train']
 
 # %% ../../nbs/engines/48_verl_launch.ipynb #67f74ba8
-import contextlib, os, re, subprocess, sys, time
+import contextlib, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -75,9 +75,10 @@ def explain_failure(
     where = f"step {beat['step']}, {beat['stage']}"
     if (run / "error.json").exists(): what = read_json(run / "error.json")["error"]
     elif stalled is not None: what = f"nothing has moved for {stalled:.0f} s (hardware.stall_seconds), and the run was stopped"
+    elif code and code < 0: what = f"the process that holds Ray was killed ({signal.Signals(-code).name})"
     else:
         lines = [_clean(x) for x in (run / "log.txt").read_text(errors="replace")[log_from:].splitlines()]
-        said = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)] or [x for x in lines if re.search(r"Error|error:|[Kk]illed|died", x)]
+        said = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)] or [x for x in lines if re.search(r"(^|\s)error: |[Kk]illed|died", x)]
         what = f"the trainer ended with code {code}" + (f": {said[-1][:300]}" if said else "")
     back = f"the last checkpoint is of step {last_step(out)}, and the same command goes on from it" if last_step(out) else "there is no checkpoint yet, and the same command begins anew"
     return f"{what.rstrip('.')}; this was at {where}; the log is {run / 'log.txt'}; {back}"
