@@ -37,7 +37,7 @@ nbtest: env-dev ## Run every notebook
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(LIMIT),$(LIMIT) 900) $(BIN)/nbdev_test --n_workers 2 --do_print
 
 pytest: env-dev ## Run the tests (PYTEST="-k cli" passes options)
-	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(LIMIT),$(LIMIT) 1200) $(BIN)/python -m pytest -q tests $(PYTEST)
+	@OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(LIMIT),$(LIMIT) 3600) $(BIN)/python -m pytest -q tests $(PYTEST)
 
 export: env-dev ## Write fg_dapo/ from the notebooks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_export

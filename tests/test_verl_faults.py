@@ -194,7 +194,7 @@ def test_a_dead_server_ends_the_run_with_an_error(out):
 def test_a_dead_trainer_ends_the_run_with_an_error(out):
     with Launch(out) as run:
         step = run.sampling(1)
-        run.failed(run.strike("ray::(Runner|TaskRunnerV1)"), step, "the trainer: Runner (process ", " died: killed, or out of memory", "sampling (train)")
+        run.failed(run.strike("ray::(Runner|TaskRunnerV1)"), step, "the trainer: TaskRunnerV1 (process ", " died: killed, or out of memory", "sampling (train)")
 
 def test_nothing_outlives_a_killed_starter(out):
     with Launch(out) as run:
