@@ -45,7 +45,7 @@ def _data(c):
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class": "fg_dapo.engines.verl_rollout.GuidedManager",
         "actor_rollout_ref.rollout.agent.num_workers": c.hardware.agent_workers,
         "actor_rollout_ref.rollout.calculate_log_probs": True,
-        "reward.num_workers": 1, "reward.custom_reward_function.path": "pkg://fg_dapo.engines.verl_tools", "reward.custom_reward_function.name": "verl_score",
+        "reward.num_workers": 0, "reward.custom_reward_function.path": "pkg://fg_dapo.engines.verl_tools", "reward.custom_reward_function.name": "verl_score",
         "reward.reward_manager.source": "importlib", "reward.reward_manager.name": "TranscriptRewardManager", "reward.reward_manager.module.path": "pkg://fg_dapo.engines.verl_tools",
     }
 
@@ -72,7 +72,8 @@ def _model(c):
         f"{rollout}.max_model_len": length, f"{rollout}.max_num_seqs": h.server_rows, f"{rollout}.max_num_batched_tokens": max(length, 8192),
         f"{rollout}.enforce_eager": cpu, f"{rollout}.free_cache_engine": not cpu,
         **({f"{rollout}.enable_sleep_mode": False, f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes": 64,
-            f"{rollout}.engine_kwargs.vllm.worker_extension_cls": "fg_dapo.engines.verl_cpu_server.CpuWorkerExtension"} if cpu else {}),
+            f"{rollout}.engine_kwargs.vllm.worker_extension_cls": "fg_dapo.engines.verl_cpu_server.CpuWorkerExtension",
+            f"{rollout}.engine_kwargs.vllm.distributed_executor_backend": "uni"} if cpu else {}),
     }
 
 # %% ../../nbs/engines/42_verl_config.ipynb #8fadba33
@@ -83,7 +84,7 @@ def environment(
     "Variables for verl, Ray, vLLM and the loggers; what the user has set stays."
     own = dict(TOKENIZERS_PARALLELISM="false", RAY_DEDUP_LOGS="0", HYDRA_FULL_ERROR="1", VERL_LOGGING_LEVEL="INFO", TENSORBOARD_DIR=str(Path(out).resolve() / "tensorboard"), WANDB_DIR=str(Path(out).resolve()))
     if config.hardware.device == "cpu": own |= dict(VERL_USE_EXTERNAL_MODULES="fg_dapo.engines.verl_cpu", VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda", VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND="nobind", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     return own | {k: os.environ[k] for k in own if k in os.environ}
 
 # %% ../../nbs/engines/42_verl_config.ipynb #e83fd1fd
@@ -124,7 +125,7 @@ def as_arguments(
 
 # %% ../../nbs/engines/42_verl_config.ipynb #ae5f4292
 UNDECLARED = ("fg_dapo", "data.fg_dapo", "ray_kwargs.ray_init.include_dashboard", "ray_kwargs.ray_init.num_gpus", "ray_kwargs.ray_init.object_store_memory", "ray_kwargs.ray_init.address", "ray_kwargs.ray_init.runtime_env",
-    "actor_rollout_ref.rollout.agent.agent_loop_manager_class", "actor_rollout_ref.rollout.enable_sleep_mode", "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class", "actor_rollout_ref.rollout.enable_sleep_mode", "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls", "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend",
     "actor_rollout_ref.model.override_config.attn_implementation", "actor_rollout_ref.actor.fsdp_config.mixed_precision")
 
 def compose(

@@ -6,13 +6,16 @@
 __all__ = ['CpuWorkerExtension']
 
 # %% ../../nbs/engines/32_verl_cpu_server.ipynb #ebe1976d
+import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import BasevLLMParameter
 
 class CpuWorkerExtension(vLLMColocateWorkerExtension):
     "verl's extension of the vLLM worker, in a process whose linear layers keep their plain weights."
 
 LinearBase.skip_weight_relayout = True
+BasevLLMParameter.__torch_function__ = torch.nn.Parameter.__torch_function__
 # verl 0.9.1 asks for this by its name in vLLM 0.24; only a LoRA adapter comes here.
 if not hasattr(WeightsMapper, "get_unstacked_mapper"): WeightsMapper.get_unstacked_mapper = WeightsMapper.get_rename_mapper

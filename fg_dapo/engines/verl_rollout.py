@@ -10,11 +10,13 @@ __all__ = ['logger', 'PARTS', 'Stage', 'stage', 'failed_result', 'score', 'numbe
 import asyncio, logging, re, time
 from functools import cache
 from itertools import count
+from uuid import uuid4
 
 import ray
 import transfer_queue as tq
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from vllm.sampling_params import RequestOutputKind
 
 from ..agent.chat import chat_format
 from ..agent.episode import Limits
@@ -118,16 +120,23 @@ class CustomerServiceLoop(AgentLoopBase):
     def __init__(self, trainer_config, server_manager, tokenizer, **kwargs):
         # The base class builds what turns messages into tokens; here `Dialogue` does that
         self.config, self.server, self.tok = trainer_config.config, server_manager, tokenizer
-        self.stage = stage(self.config.fg_dapo.config)
+        self.stage, self.final = stage(self.config.fg_dapo.config), RequestOutputKind.FINAL_ONLY # Not an answer a token
+
+    async def on_server(self, name:str, dialogue:Dialogue, params:dict, seed:int)->dict: # As `play`
+        "Play on one server: the balancer is asked once a rollout, not twice a turn."
+        try: which, server = await self.server._acquire_server(name)
+        except Exception as e: raise RunFailed(f"the load balancer failed: {failure(e)}") from e
+        async def generate(ids, params):
+            try: return await server.generate.remote(request_id=uuid4().hex, prompt_ids=ids, sampling_params=params)
+            except Exception as e: raise RunFailed(f"a vLLM server failed: {failure(e)}") from e
+        try: return await play(dialogue, generate, params, seed)
+        finally: self.server._release_server(which, request_id=name)
 
     async def run(self, sampling_params:dict, *, uid:str, session_id:int, extra_info:dict, feedback:str="", seed:int=0, **kwargs)->list[AgentLoopOutput]:
         "Play and score; the last output is the rollout as sampled."
         d = self.stage.dialogue(extra_info["task_id"], feedback, self.tok)
-        async def generate(ids, params):
-            try: return await self.server.generate(f"{uid}-{session_id}", prompt_ids=ids, sampling_params=params)
-            except Exception as e: raise RunFailed(f"a vLLM server failed: {failure(e)}") from e
         start = time.perf_counter()
-        about = await play(d, generate, sampling_params, seed)
+        about = await self.on_server(f"{uid}-{session_id}", d, dict(sampling_params, output_kind=self.final, detokenize=False), seed)
         result = failed_result(about["error"]) | dict(feedback_seconds=0.0) if about["error"] else await asyncio.to_thread(score, d, self.stage.generator(self.tok)) # A language model may take its time
         record = dict(task_id=extra_info["task_id"], position=session_id, feedback=feedback, prompt=d.prompt, turns=[list(t) for t in d.turns], truncated=d.truncated,
             generate_seconds=about["generate_seconds"], env_seconds=d.seconds, seconds=time.perf_counter() - start, result=result)
@@ -202,6 +211,9 @@ class GuidedManager(AgentLoopManagerTQ):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class, self.turn = ray.remote(GuidedWorker), 0
+    async def _init_agent_loop_workers(self):
+        await super()._init_agent_loop_workers()
+        for w in self.agent_loop_workers: await w.ping.remote() # A step's seconds do not hold their start
     def generate_sequences(self, prompts)->None:
         "Hand tasks to the workers, without waiting for the rollouts."
         workers = self.agent_loop_workers
