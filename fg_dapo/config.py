@@ -65,6 +65,8 @@ class FeedbackConfig(Section):
     llm:LLMConfig = Field(LLMConfig(), description="The language model, when use_llm_enhancement is true")
     detail:Literal["hint", "observed", "full"] = Field("observed",
         description="How much feedback tells: hint (kind of failure) | observed (what the episode revealed) | full (the answer)")
+    content:Literal["real", "shuffled", "empty"] = Field("real",
+        description="What stands in a guided prompt: real | shuffled (as many critiques, of tasks of other companies: a control) | empty (a text of the same length that says nothing: a control)")
     wave_sizes:Annotated[tuple[Count, ...], Field(min_length=1)] = Field((2, 4), description="Sizes of the waves after the plain rollouts; [1] is one after the other")
     guided_share:Share = Field(1.0, description="Share of the groups that get feedback; the rest is sampled plain")
     stop_after_successes:Count|None = Field(None, description="Sample no further wave of a group that has this many successes; null never stops")
@@ -72,8 +74,8 @@ class FeedbackConfig(Section):
 # %% ../nbs/05_config.ipynb #8b25b845
 class TransferConfig(Section):
     "How successes reach the policy without feedback."
-    mode:Literal["none", "replay", "strip"] = Field("replay",
-        description="none | replay (train on successes under the plain prompt) | strip (guided rollouts a second time, under the plain prompt, with importance weights)")
+    mode:Literal["none", "replay", "strip", "shaped", "gated"] = Field("replay",
+        description="none | replay (train on successes under the plain prompt) | strip (guided rollouts a second time, under the plain prompt, with importance weights) | shaped (as GOLF: train on plain rows, and on one guided success where no plain row succeeded) | gated (as SDPO, gated: failed plain rows are drawn to what the policy would say with feedback)")
     updates:Count = Field(12, description="Replay updates a training step")
     rows:Count = Field(32, description="Transcripts an update")
     lr:Rate = Field(1e-3, description="Learning rate of replay")
@@ -83,6 +85,8 @@ class TransferConfig(Section):
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")
     warmup_steps:int = Field(20, ge=0, description="Training steps over which the replay learning rate grows to its value")
     weight_cap:float = Field(2.0, gt=0, description="strip: importance weights p(token | plain prompt) / p(token | as sampled) are cut here")
+    distill_weight:float = Field(1.0, gt=0, description="gated: weight of the distillation loss beside the policy gradient")
+    gate:float = Field(0.02, ge=0, description="gated: a failed row is distilled when feedback makes it less likely by more than so many nats a token")
 
 class AlgorithmConfig(Section):
     "The objective: DAPO, feedback guidance and transfer."
@@ -92,8 +96,8 @@ class AlgorithmConfig(Section):
     lr:Rate = Field(3e-4, description="Learning rate of the policy gradient")
     updates:Count = Field(4, description="Policy-gradient updates a step; its groups are dealt out over them")
     pg_weight:float = Field(1.0, ge=0, description="Weight of the policy gradient; 0 leaves only transfer")
-    baseline:Literal["group", "condition", "cold"] = Field("group", description="Rows whose mean is subtracted: group | condition (cold and guided apart) | cold")
-    filter_on:Literal["group", "cold"] = Field("group", description="Drop groups without variance among these rows: group | cold")
+    baseline:Literal["group", "condition", "cold"] = Field("group", description="Rows whose mean is subtracted: group | condition (cold and guided apart) | cold; transfer.mode shaped always takes cold")
+    filter_on:Literal["group", "cold"] = Field("group", description="Drop groups without variance among these rows: group | cold; transfer.mode shaped always takes the rows it trains on")
     refill_batches:int = Field(0, ge=0, description="Dynamic sampling: groups that were dropped are replaced by new tasks, up to so many times tasks_per_step; 0 trains on what is left")
     advantage_from:Literal["acc", "score"] = Field("acc", description="acc (done or not) | score (with milestones)")
     overlong:OverlongConfig = Field(OverlongConfig(), description="Penalty for long answers")
@@ -188,8 +192,13 @@ def conflicts(
          f"a feedback of {fb.llm.max_tokens} tokens is not shown when {top}.max_feedback_tokens is {fb.max_feedback_tokens}; lower the first or raise the second")
     rule(c.algorithm.overlong.buffer > c.algorithm.overlong.max_tokens, ("algorithm.overlong.buffer", "algorithm.overlong.max_tokens"),
          f"{c.algorithm.overlong.buffer} tokens of buffer exceed max_tokens, {c.algorithm.overlong.max_tokens}")
-    rule(c.algorithm.pg_weight == 0 and c.algorithm.transfer.mode == "none", ("algorithm.pg_weight", "algorithm.transfer.mode"),
+    mode = c.algorithm.transfer.mode
+    rule(c.algorithm.pg_weight == 0 and mode == "none", ("algorithm.pg_weight", "algorithm.transfer.mode"),
          "without policy gradient and without transfer nothing is trained; set one of them")
+    rule(c.algorithm.pg_weight == 0 and mode in ("strip", "shaped"), ("algorithm.pg_weight", "algorithm.transfer.mode"),
+         f"transfer.mode {mode!r} is a part of the policy gradient, so with weight 0 nothing is trained; set it above 0, or use replay or gated")
+    rule(fb.enable and fb.guided_share > 0 and fb.start_rollout < 2 and mode == "shaped", ("algorithm.transfer.mode", f"{top}.start_rollout", f"{top}.enable", f"{top}.guided_share"),
+         f"'shaped' takes mean and deviation from the plain rows of a group, and one row has none; set {top}.start_rollout to 2 or more")
     return out + (_verl_conflicts(c) if c.engine == "verl" else [])
 
 def _verl_conflicts(c):
@@ -204,6 +213,10 @@ def _verl_conflicts(c):
     rule(h.gpus_per_node % h.tensor_parallel, ("hardware.tensor_parallel", "hardware.gpus_per_node"), f"{h.gpus_per_node} GPUs cannot be dealt out over servers of {h.tensor_parallel}")
     rule(c.algorithm.transfer.mode == "replay" and c.algorithm.transfer.rows % ranks, ("algorithm.transfer.rows", "hardware.gpus_per_node", "hardware.nodes"),
          f"{c.algorithm.transfer.rows} replay rows cannot be dealt out over {ranks} ranks")
+    fb, mode = c.algorithm.feedback_guidance, c.algorithm.transfer.mode
+    rule(fb.enable and fb.content != "real", ("algorithm.feedback_guidance.content", "algorithm.feedback_guidance.enable"),
+         f"the verl engine shows real feedback only, not {fb.content!r}; set it to real, or use engine: local")
+    rule(mode in ("shaped", "gated"), ("algorithm.transfer.mode",), f"the verl engine has none, replay and strip, not {mode!r}; use one of them, or engine: local")
     cpu = "device 'cpu' is for tests: "
     rule(h.device == "cpu" and h.tensor_parallel > 1, ("hardware.tensor_parallel", "hardware.device"), cpu + "set tensor_parallel to 1")
     rule(h.device == "cpu" and h.attention != "sdpa", ("hardware.attention", "hardware.device"), cpu + "set attention to sdpa")

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['PHONE', 'DETAILS', 'OBSERVED', 'MACROS', 'HINTS_AND_REASONS', 'FEEDBACK_TEMPLATES', 'Counter', 'MARKUP', 'LEARN',
-           'MODES', 'TOOL_NAMES', 'T', 'clean_name', 'check_facts', 'visible', 'rule_based_feedback', 'rough_tokens',
-           'Critique', 'feedback_section', 'augment_prompt', 'accumulate', 'fit_feedback', 'FeedbackGenerator',
-           'RuleBased', 'names_value', 'quality_gate', 'empty_feedback', 'shuffle_feedback']
+           'MODES', 'TOOL_NAMES', 'T', 'CONTENTS', 'clean_name', 'check_facts', 'visible', 'rule_based_feedback',
+           'rough_tokens', 'Critique', 'feedback_section', 'augment_prompt', 'accumulate', 'fit_feedback',
+           'FeedbackGenerator', 'RuleBased', 'names_value', 'quality_gate', 'empty_feedback', 'shuffle_feedback',
+           'Failure', 'ControlFeedback']
 
 # %% ../../nbs/method/20_feedback.ipynb #ea92b2e3
 import math, re
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice, cycle
 from typing import Protocol, TypeVar
 
+from fastcore.basics import patch
 from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -322,3 +325,81 @@ def shuffle_feedback(
         j = rng.randrange(i)
         out[i], out[j] = out[j], out[i]
     return out
+
+# %% ../../nbs/method/20_feedback.ipynb #4669ce9b
+CONTENTS = ("real", "shuffled", "empty")
+
+@dataclass(frozen=True)
+class Failure:
+    "A failed rollout as the control arm remembers it."
+    task_id:str
+    company:str
+    score:float
+    feedback:str
+
+class ControlFeedback:
+    "What guided rollouts of a control arm read in place of the critiques of their own group."
+    def __init__(self,
+        content:str, # `shuffled` or `empty`; `ValueError` names another
+        seed:int, # The run's seed
+        max_tokens:int, # For the section of previous attempts, as in `accumulate`
+        count_tokens:Counter=rough_tokens, # The policy's tokenizer
+        capacity:int=256, # Failures that are remembered; the oldest goes first
+    ):
+        if content not in CONTENTS[1:]: raise ValueError(f"no control {content!r}; there are {' and '.join(CONTENTS[1:])}")
+        self.content, self.seed, self.max_tokens, self.count, self.pool = content, seed, max_tokens, count_tokens, deque(maxlen=capacity)
+        self._filler, self._stats = cache(lambda n: empty_feedback(n, count_tokens) or "."), dict(critiques=0, filler=0)
+    def note(self, failure:Failure)->None:
+        "Remember what a rollout failed at."
+        if self.content == "shuffled": self.pool.append(failure)
+    def stats(self)->dict[str, int]:
+        "Critiques shown since the last call, and how many of them were filler."
+        out, self._stats = self._stats, dict(critiques=0, filler=0)
+        return out
+    def state_dict(self)->dict: return dict(pool=[asdict(f) for f in self.pool]) # Plain JSON
+    def load_state_dict(self, state:dict)->None:
+        self.pool.clear()
+        self.pool.extend(Failure(**f) for f in state["pool"])
+
+# %% ../../nbs/method/20_feedback.ipynb #74bfcbcb
+def _size(self, critiques): return self.count(feedback_section(critiques))
+
+def _empty(self, critiques):
+    "Filler over each critique, in all no longer than they are."
+    room = [self.count(c.feedback) for c in critiques]
+    def fill(): return [replace(c, feedback=self._filler(n), score=0.) for c, n in zip(critiques, room)]
+    while (over := _size(self, fill()) - _size(self, critiques)) > 0 and max(room) > 1:
+        i = room.index(max(room))
+        room[i] = max(1, room[i] - over)
+    return fill()
+
+def _shuffled(self, critiques, neutral, task_id, company, rng):
+    "Other failures' feedback within the budget, filler where there is none, and how many are filler."
+    others = [f for f in self.pool if f.task_id != task_id and f.company != company]
+    line = iter(rng.sample(others, len(others)))
+    def stand_in(c, f): return replace(c, feedback=f.feedback, score=f.score)
+    out = [stand_in(c, f) for c, f in zip(critiques, line)]
+    filler, out = set(range(len(out), len(neutral))), out + neutral[len(out):]
+    while _size(self, out) > self.max_tokens and len(filler) < len(out):
+        i = max((j for j in range(len(out)) if j not in filler), key=lambda j: self.count(out[j].feedback))
+        f = next(line, None)
+        if f is None:
+            out[i] = neutral[i]
+            filler.add(i)
+        elif self.count(f.feedback) < self.count(out[i].feedback): out[i] = stand_in(critiques[i], f)
+    return out, len(filler)
+
+@patch
+def __call__(self:ControlFeedback,
+    critiques:Sequence[Critique], # What `accumulate` has chosen
+    task_id:str, # The task of the rollout that will read
+    company:str, # Its company
+    *keys, # Names the wave: equal keys draw alike
+)->tuple[Critique, ...]: # As many, under the same attempt numbers
+    "What is shown in place of these critiques."
+    if not critiques: return ()
+    out = _empty(self, critiques)
+    filler = len(out)
+    if self.content == "shuffled": out, filler = _shuffled(self, critiques, out, task_id, company, rng_for(self.seed, "shuffled", *keys))
+    self._stats = dict(critiques=self._stats["critiques"] + len(out), filler=self._stats["filler"] + filler)
+    return tuple(out)
