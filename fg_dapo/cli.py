@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRA_OF', 'app', 'Folder', 'Settings', 'explain', 'stoppable', 'given', 'Commands', 'main', 'data', 'validate',
            'is_hub_name', 'warmstart', 'train', 'plan', 'export', 'evaluate', 'find_runs', 'report', 'config', 'doctor',
-           'demo']
+           'demo', 'matrix']
 
 # %% ../nbs/90_cli.ipynb #523915ed
 import re, signal, sys, threading
@@ -107,6 +107,7 @@ Settings = Annotated[list[str]|None, typer.Option("--set", "-s", metavar="KEY=VA
 def data(
     out:Annotated[Path, typer.Option(help="Folder for the five files.")] = Path("data"),
     seed:Annotated[int, typer.Option(min=0, help="Seed of the world. The same seed gives the same bytes on every machine.")] = 0,
+    kind:Annotated[Literal["standard", "easy"], typer.Option(help="Kind of world: standard, or easy (three fields in use, patient users).")] = "standard",
     force:Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
 ):
     """Write the world's files.
@@ -115,18 +116,11 @@ def data(
 
     \b
     Example: fg-dapo data --out data --seed 0
+             fg-dapo data --kind easy --seed 1 --out data/easy
     """
-    import tempfile
-    from fg_dapo.world.generate import generate_world
-    from fg_dapo.world.records import save_world
-    with tempfile.TemporaryDirectory() as d:
-        made = save_world(generate_world(seed), d)
-        differ = [p.name for p in made.values() if (out / p.name).exists() and (out / p.name).read_bytes() != p.read_bytes()]
-        if differ and not force: raise ValueError(f"{out} already holds other data ({', '.join(differ)}); choose another --out, or --force to replace them")
-        from fg_dapo.core import atomic_write
-        for p in made.values():
-            if not (out / p.name).exists() or p.name in differ: atomic_write(out / p.name, p.read_bytes())
-    typer.echo(f"the world of seed {seed} is in {out}: {', '.join(p.name for p in made.values())}")
+    from fg_dapo.world.generate import keep_world
+    made = keep_world(out, seed, kind, force)
+    typer.echo(f"the {'' if kind == 'standard' else kind + ' '}world of seed {seed} is in {out}: {', '.join(p.name for p in made)}")
 
 @app.command()
 def validate(
@@ -406,6 +400,33 @@ def _finish(jobs, out):
     typer.echo(f"\n{'final success':<18}{'known companies':>18}{'new companies':>16}{'after one feedback':>21}")
     for r in results(jobs): typer.echo(f"{r['run']:<18}{show(r['seen']):>18}{show(r['heldout']):>16}{show(r['after_feedback']):>21}")
     typer.echo(f"\nthe report: {write_report([j.run for j in jobs], out / 'report')}")
+
+# %% ../nbs/90_cli.ipynb #c313e3ec
+@app.command()
+def matrix(
+    config:Annotated[Path, typer.Option("--config", "-c", help="YAML file of a matrix; examples are experiments/configs/matrix_*.yaml.")],
+    out:Annotated[Path|None, typer.Option(help="Folder: results/ holds a small file a run, runs/ everything else. Default: experiments/NAME, with the file's name.")] = None,
+    jobs:Annotated[int, typer.Option(min=1, help="Runs at a time, with one CPU thread each.")] = 2,
+    status:Annotated[bool, typer.Option("--status", help="Print what is done, running and missing, and start nothing.")] = False,
+    tries:Annotated[int, typer.Option(min=1, help="How often a stage of a run is started before it counts as failed.")] = 3,
+):
+    """Run arms x seeds x worlds, each in a process of its own.
+
+    Every run trains, is evaluated, and leaves one small result file. The same command skips what is done and goes on with the rest.
+
+    \b
+    Examples: fg-dapo matrix -c experiments/configs/matrix_explore.yaml --jobs 2
+              fg-dapo matrix -c experiments/configs/matrix_explore.yaml --status
+    """
+    from fg_dapo.matrix import load_matrix, make_jobs, run_matrix, status_table
+    m, out = load_matrix(config), out or Path("experiments") / config.stem
+    todo = make_jobs(m, out)
+    if status:
+        from rich.console import Console
+        return Console(width=None if sys.stdout.isatty() else 160).print(status_table(todo))
+    typer.echo(f"{m.purpose}: {len(todo)} runs, {sum(j.done() for j in todo)} done, {jobs} at a time; logs are in {out / 'runs/logs'}")
+    if failed := run_matrix(todo, jobs, tries): raise ValueError("\n".join([*failed, "run the same command to go on"]))
+    typer.echo(f"all {len(todo)} results are in {out / 'results'}")
 
 # %% ../nbs/90_cli.ipynb #9189a65d
 if __name__ == "__main__" and "__file__" in globals(): app()

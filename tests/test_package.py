@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import readme
 
-LAYERS = ("core", "config", "world", "agent", "method", "policy", "engines", "evaluation", "doctor", "demo", "bench", "cli") # A module imports from its own layer and those before it
+LAYERS = ("core", "config", "world", "agent", "method", "policy", "engines", "evaluation", "doctor", "demo", "matrix", "bench", "cli") # A module imports from its own layer and those before it
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "matplotlib", "seaborn", "scipy", "numpy", "faker", "IPython")
 MODULES = sorted(p for p in (ROOT / "fg_dapo").rglob("*.py") if p.name != "_modidx.py")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)

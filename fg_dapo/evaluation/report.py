@@ -6,10 +6,10 @@
 __all__ = ['CAPTIONS', 'QUESTION', 'CLAIMS', 'LEDGER', 'CSS', 'HTML', 'Run', 'load_run', 'load_runs', 'frame', 'Block', 'Section',
            'text', 'items', 'code', 'table', 'figure', 'section', 'pct', 'num', 'with_interval', 'reach_text', 'plural',
            'final_rates', 'compare', 'ratio_text', 'main_arms', 'caveat', 'warnings', 'arm_card', 'answer',
-           'comparison', 'claims_section', 'cost', 'efficiency', 'within', 'levels', 'aggregate', 'failures',
-           'with_feedback', 'reliability', 'example_group', 'outcome', 'example', 'flatten', 'settings', 'provenance',
-           'how_to_read', 'md_escape', 'md_block', 'to_markdown', 'to_html', 'build_report', 'ceiling_of',
-           'write_report']
+           'comparison', 'claims_section', 'claim_value', 'claims_table', 'cost', 'efficiency', 'within', 'levels',
+           'aggregate', 'failures', 'with_feedback', 'reliability', 'example_group', 'outcome', 'example', 'flatten',
+           'settings', 'provenance', 'how_to_read', 'md_escape', 'md_block', 'to_markdown', 'to_html', 'build_report',
+           'ceiling_of', 'write_report']
 
 # %% ../../nbs/evaluation/40_report.ipynb #85d3456b
 import base64, dataclasses, re
@@ -25,7 +25,7 @@ from ..world.records import DataError, load_world
 from ..core import atomic_write, read_json, read_jsonl, write_json
 from . import plots
 from .failures import failure_counts, failure_table, feedback_effect
-from .metrics import (MIN_SEEDS, behavioral, censored_ratio, compute_all_metrics, median_reach, pass_table, seed_interval,
+from .metrics import (MIN_SEEDS, behavioral, censored_ratio, compute_all_metrics, median_reach, needs, pass_table, seed_interval,
     stratified_bootstrap, success_rate, verdict)
 from .plots import COMPANIES, THRESHOLDS, arm_label, final_stream, reaches, sort_arms
 
@@ -287,6 +287,26 @@ def claims_section(runs, evals, claims:dict|None)->Section|None:
         rows.append([CLAIMS[name].format(ours=arm_label(ours or "fg_replay")), f"at least {what}", shown, v])
     return section("claims", "Claims", table(["claim", "threshold", "measured", "verdict"], rows,
         f"Met: the whole 95% interval is at or above the threshold. Not measured: fewer than {MIN_SEEDS} seeds, or censored too early to say."))
+
+# %% ../../nbs/evaluation/40_report.ipynb #d07b4660
+def claim_value(
+    r:dict, # A row of `claims`
+)->str: # Such as '4.1× (3.2 to 5.0)', '62% (54 to 70)' or 'at least 9.0× (from 7.1)'
+    "What was measured, with its interval or bound."
+    if r["value"] is None: return "–"
+    if r["measure"] == "ratio": return ratio_text(dict(ratio=r["value"], low=r["low"], high=r["high"], bound=r["bound"]))
+    if r["measure"] == "hours": return f"{r['value']:.1f} h"
+    sign = "" if r["measure"] == "cold" else "+"
+    shown = f"{100 * r['value']:{sign}.0f}" + ("%" if not sign else " points")
+    return shown if r["low"] is None else f"{shown} ({100 * r['low']:{sign}.0f} to {100 * r['high']:{sign}.0f})"
+
+def claims_table(
+    rows:list[dict], # From `evaluation.metrics.claims`
+)->Block:
+    "Every criterion of the protocol with what decides, what was measured, and the verdict."
+    return table(["from", "criterion", "what decides", "measured", "n", "verdict"],
+        [[r["group"], r["text"], needs(r), claim_value(r) + (f"; {r['note']}" if r["note"] else ""), r["n"], r["verdict"]] for r in rows],
+        "n: seeds, or pairs of seeds. 'At least': the reference had not got there when its budget ended, so the number is a bound.")
 
 # %% ../../nbs/evaluation/40_report.ipynb #41a80c16
 LEDGER = dict(rollouts="rollouts", rollouts_cold="cold", rollouts_guided="guided", rollouts_filtered="filtered", rollouts_failed="failed",

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FRAUD', 'REQUESTS', 'REQUIREMENTS', 'ALTERNATIVES',
-           'PLAUSIBLE', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS', 'AREA_CODES', 'USER_AREA_CODES',
-           'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS', 'STREETS', 'CAN_LACK',
-           'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'LEVEL_MIX', 'SPLITS', 'UNSEEN', 'random_name',
-           'RequestType', 'request_text', 'odd_fields', 'rule_path', 'odd_path', 'quota', 'phone_numbers',
-           'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields', 'random_user',
-           'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs', 'pick',
-           'make_tasks', 'generate_world', 'rule_solves', 'rules_ceiling']
+           'PLAUSIBLE', 'LEVEL_MIX', 'KINDS', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS', 'AREA_CODES',
+           'USER_AREA_CODES', 'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS', 'STREETS',
+           'CAN_LACK', 'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'SPLITS', 'UNSEEN', 'random_name', 'RequestType',
+           'request_text', 'Kind', 'kind_named', 'kind_of', 'odd_fields', 'rule_path', 'odd_path', 'quota',
+           'phone_numbers', 'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields',
+           'random_user', 'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs',
+           'pick', 'make_tasks', 'generate_world', 'keep_world', 'rule_solves', 'rules_ceiling']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
-import dataclasses, random
+import dataclasses, random, tempfile
 from itertools import product
+from pathlib import Path
 
-from ..core import rng_for
-from .records import (AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, INDUSTRIES, Company, Department, RoutingRule, Scenario,
+from ..core import atomic_write, rng_for
+from .records import (AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, INDUSTRIES, TOLERANCE, Company, Department, RoutingRule, Scenario,
     Task, UserProfile, World, in_order, save_world, solve)
 
 # %% ../../nbs/world/20_generate.ipynb #a72f268e
@@ -201,6 +202,43 @@ ALTERNATIVES = {("bank", CS): {"account_number": "phone_number"}, ("bank", FRAUD
     ("telecom", TECH): {"pin": "security_word"}, ("retail", BILLING): {"credit_card_last4": "address"}, ("retail", SALES): {"address": "zip_code"}}
 PLAUSIBLE = {i: tuple(f for f in AUTH_FIELDS if f not in (("pin", "credit_card_last4") if i == "insurance" else ("policy_number",))) for i in INDUSTRIES}
 
+# %% ../../nbs/world/20_generate.ipynb #3dfe87c9
+LEVEL_MIX = {1: 0.2, 2: 0.3, 3: 0.3, 4: 0.1, 5: 0.1} # Share of each level in every split
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    "What tells one kind of world from another."
+    requirements:dict # (industry, department) to the fields it wants
+    alternatives:dict # (industry, department) to field and substitute
+    plausible:dict # Industry to the fields that may be in use there
+    most:int # Fields a department wants, at most
+    behaviors:tuple[int, int, int] # Users of each of `BEHAVIORS`, of 500
+    level_mix:dict[int, float] # Share of each level in every split
+    @property
+    def fields(self)->tuple[str, ...]: return in_order(f for fs in self.plausible.values() for f in fs)
+
+_EASY = {CS: "full_name", BILLING: "account_number full_name", TECH: "account_number", SALES: "full_name phone_number", FRAUD: "account_number phone_number"}
+_EASY_BANK = {CS: "account_number", BILLING: "account_number phone_number", TECH: "phone_number", SALES: "full_name", FRAUD: "full_name account_number"}
+_easy = {(i, d): in_order((_EASY_BANK if i in ("bank", "telecom") else _EASY)[d].split()) for i in INDUSTRIES for d in DEPARTMENTS}
+KINDS = dict(
+    standard=Kind(REQUIREMENTS, ALTERNATIVES, PLAUSIBLE, 5, (350, 100, 50), LEVEL_MIX),
+    easy=Kind(_easy, {k: {"account_number": "phone_number"} for k, v in _easy.items() if "account_number" in v and "phone_number" not in v and k[1] != FRAUD},
+        {i: ("account_number", "full_name", "phone_number") for i in INDUSTRIES}, 2, (500, 0, 0), {1: 0.5, 3: 0.3, 4: 0.1, 5: 0.1}))
+
+def kind_named(
+    name:str, # A key of `KINDS`
+)->Kind: # Raises `ValueError` that lists the kinds
+    "A kind of world."
+    if name not in KINDS: raise ValueError(f"no kind of world {name!r}; there are {', '.join(KINDS)}")
+    return KINDS[name]
+
+def kind_of(
+    world:World,
+)->str: # A key of `KINDS`
+    "Of which kind a world is, by the fields in use."
+    used = {f for c in world.companies.values() for d in c.departments for f in d.accepted}
+    return "easy" if used <= set(KINDS["easy"].fields) else "standard"
+
 # %% ../../nbs/world/20_generate.ipynb #c709a3c1
 ODD_FIELDS, ODD_HANDLER, ODD_ORDER = 0.15, 0.05, 0.15 # Share of departments, of requests and of requests that depart from the rule
 
@@ -208,12 +246,13 @@ def odd_fields(
     rng:random.Random, # Where chance comes from
     fields:tuple[str, ...], # What the rule says
     industry:str, # Decides which fields are plausible
-)->tuple[str, ...]: # 1 to 5 fields, never the same set
+    kind:Kind=KINDS["standard"],
+)->tuple[str, ...]: # 1 field to the kind's most (5), never the same set
     "A company's exception to the fields a department wants."
     fields, how = list(fields), rng.choice(("add", "drop", "swap"))
     if len(fields) == 1 and how == "drop": how = "add"
-    if len(fields) == 5 and how == "add": how = "drop"
-    new = rng.choice([f for f in PLAUSIBLE[industry] if f not in fields])
+    if len(fields) == kind.most and how == "add": how = "drop"
+    new = rng.choice([f for f in kind.plausible[industry] if f not in fields])
     if how != "add": fields.remove(rng.choice(fields))
     if how != "drop": fields.append(new)
     return in_order(fields)
@@ -287,12 +326,13 @@ def ruled_company(
     heldout:bool,
     n_departments:int, # 2 to 5
     phones:list[str], # One for each department
+    kind:Kind=KINDS["standard"], # Has the rules
 )->Company:
     "A company that follows the rules of its industry without exceptions."
     has = [CS, *rng.sample(DEPARTMENTS[1:], n_departments - 1)]
     has, deps = tuple(d for d in DEPARTMENTS if d in has), []
     for d, phone in zip(has, phones):
-        deps.append(Department(d, phone, rng.choice(DESCRIPTIONS[d]), REQUIREMENTS[industry, d], ALTERNATIVES.get((industry, d), {})))
+        deps.append(Department(d, phone, rng.choice(DESCRIPTIONS[d]), kind.requirements[industry, d], kind.alternatives.get((industry, d), {})))
     paths = {k: p for k in REQUESTS if (p := rule_path(k, industry, has))}
     return Company(id, name, industry, heldout, tuple(deps), tuple(RoutingRule(k, p[-1], p[:-1]) for k, p in paths.items()))
 
@@ -300,18 +340,19 @@ def ruled_company(
 def add_exceptions(
     rng:random.Random, # Where chance comes from
     companies:list[Company], # That follow the rules; training or held-out ones
+    kind:Kind=KINDS["standard"],
 )->list[Company]: # The same, with the exact shares of odd departments and requests, rounded
     "Companies with exceptions of their own."
     deps = [(c, d.name) for c in companies for d in c.departments]
     rules = [(c, r) for c in companies for r in c.routing]
-    def draw(share, of, among, kind): return {(c.id, getattr(x, "request_type", x)) for c, x in quota(rng, among, round(share * len(of)), kind)}
-    def kind(p): return len(p[1].path), p[0].industry
+    def draw(share, of, among, sort): return {(c.id, getattr(x, "request_type", x)) for c, x in quota(rng, among, round(share * len(of)), sort)}
+    def shape(p): return len(p[1].path), p[0].industry
     fields = draw(ODD_FIELDS, deps, deps, lambda p: (DEPARTMENTS.index(p[1]), p[0].industry))
-    handler = draw(ODD_HANDLER, rules, [(c, r) for c, r in rules if len(r.path) < len(c.departments)], kind)
-    order = draw(ODD_ORDER, rules, rules, kind)
+    handler = draw(ODD_HANDLER, rules, [(c, r) for c, r in rules if len(r.path) < len(c.departments)], shape)
+    order = draw(ODD_ORDER, rules, rules, shape)
     def department(c, d):
         if (c.id, d.name) not in fields: return d
-        new = odd_fields(rng, d.auth_fields, c.industry)
+        new = odd_fields(rng, d.auth_fields, c.industry, kind)
         return dataclasses.replace(d, auth_fields=new, alternatives={f: g for f, g in d.alternatives.items() if f in new and g not in new})
     def rule(c, r):
         *after, last = odd_path(rng, r.path, tuple(d.name for d in c.departments), (c.id, r.request_type) in handler, (c.id, r.request_type) in order)
@@ -422,7 +463,7 @@ def random_scenario(
 # %% ../../nbs/world/20_generate.ipynb #42a7650b
 TRAIN_SIZES, HELDOUT_SIZES = (2,)*2 + (3,)*5 + (4,)*7 + (5,)*6, (2, 3, 4, 4, 5) # Departments of the companies of an industry
 
-def make_companies(seed:int)->list[Company]:
+def make_companies(seed:int, kind:Kind=KINDS["standard"])->list[Company]:
     "The 100 companies of a world."
     rng = rng_for(seed, "companies")
     words = rng.sample(NAME_WORDS, 100)
@@ -433,23 +474,22 @@ def make_companies(seed:int)->list[Company]:
     ruled, phones = [], department_phones(rng, [n for _, _, n in plan])
     for i, ((industry, heldout, n), word) in enumerate(zip(plan, words)):
         r = rng_for(seed, "company", i)
-        ruled.append(ruled_company(r, f"c{i:03}", random_name(r, industry, word), industry, heldout, n, phones[i]))
-    groups = [add_exceptions(rng_for(seed, "exceptions", h), [c for c in ruled if c.heldout == h]) for h in (False, True)]
+        ruled.append(ruled_company(r, f"c{i:03}", random_name(r, industry, word), industry, heldout, n, phones[i], kind))
+    groups = [add_exceptions(rng_for(seed, "exceptions", h), [c for c in ruled if c.heldout == h], kind) for h in (False, True)]
     return sorted((c for g in groups for c in g), key=lambda c: c.id)
 
-def make_users(seed:int)->list[UserProfile]:
+def make_users(seed:int, kind:Kind=KINDS["standard"])->list[UserProfile]:
     "The 500 users of a world: 400 have every field, 75 lack one, 25 lack two to four."
     rng = rng_for(seed, "users")
     one = [CAN_LACK[i % len(CAN_LACK)] for i in range(75)]
     lacks = [()]*400 + [(f,) for f in one] + [tuple(rng.sample(CAN_LACK, rng.randint(2, 4))) for _ in range(25)]
-    behaviors = [b for b, n in zip(BEHAVIORS, (350, 100, 50)) for _ in range(n)]
+    behaviors = [b for b, n in zip(BEHAVIORS, kind.behaviors) for _ in range(n)]
     phones = phone_numbers(rng, 500, USER_AREA_CODES)
     rng.shuffle(lacks)
     rng.shuffle(behaviors)
     return [random_user(rng_for(seed, "user", i), f"u{i:03}", lacks[i], behaviors[i], phones[i]) for i in range(500)]
 
 # %% ../../nbs/world/20_generate.ipynb #b923a2c0
-LEVEL_MIX = {1: 0.2, 2: 0.3, 3: 0.3, 4: 0.1, 5: 0.1} # Share of each level in every split
 SPLITS = dict(train=500, val=100, test=500)
 UNSEEN = 0.3 # Share of a training company's requests that no training task uses
 
@@ -500,13 +540,13 @@ def pick(
     return out
 
 # %% ../../nbs/world/20_generate.ipynb #e99e9627
-def make_tasks(seed:int, companies:list[Company], users:list[UserProfile])->dict[str, tuple[Task, ...]]:
+def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:Kind=KINDS["standard"])->dict[str, tuple[Task, ...]]:
     "The tasks of a world by split."
     pairs, used, out = split_pairs(rng_for(seed, "pairs"), companies), set(), {}
     for split, total in SPLITS.items():
         rng, got = rng_for(seed, "tasks", split), []
         sources = ("train",) if split == "train" else ("unseen", "heldout")
-        for source, (level, share) in product(sources, LEVEL_MIX.items()):
+        for source, (level, share) in product(sources, kind.level_mix.items()):
             n = round(total * share / len(sources))
             stuck = n // 2 if level == 4 else 0
             got += pick(rng, pairs[source], users, level, n - stuck, used)
@@ -517,19 +557,41 @@ def make_tasks(seed:int, companies:list[Company], users:list[UserProfile])->dict
 
 def generate_world(
     seed:int=0, # Everything follows from it
+    kind:str="standard", # Or easy: few fields, patient users; raises `ValueError` for others
 )->World: # The same on every machine and in every process
     "A world: 100 companies, 500 users, 500 training, 100 validation and 500 test tasks."
-    companies, users = make_companies(seed), make_users(seed)
-    return World({c.id: c for c in companies}, {u.id: u for u in users}, make_tasks(seed, companies, users))
+    k = kind_named(kind)
+    companies, users = make_companies(seed, k), make_users(seed, k)
+    return World({c.id: c for c in companies}, {u.id: u for u in users}, make_tasks(seed, companies, users, k))
+
+# %% ../../nbs/world/20_generate.ipynb #955474f1
+def keep_world(
+    folder:str|Path, # For the five files
+    seed:int=0,
+    kind:str="standard",
+    force:bool=False, # Replace files that differ
+)->list[Path]: # The files; raises `ValueError` when other data are there, which it leaves as they are
+    "Write a world's files, or see that they are there."
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory() as d:
+        made = save_world(generate_world(seed, kind), d).values()
+        differ = [p.name for p in made if (folder / p.name).exists() and (folder / p.name).read_bytes() != p.read_bytes()]
+        if differ and not force: raise ValueError(f"{folder} already holds other data ({', '.join(differ)}); choose another --out, or --force to replace them")
+        for p in made:
+            if not (folder / p.name).exists() or p.name in differ: atomic_write(folder / p.name, p.read_bytes())
+        return [folder / p.name for p in made]
 
 # %% ../../nbs/world/20_generate.ipynb #7f893ccf
 def rule_solves(
     scenario:Scenario, # A task of a world
+    kind:str="standard", # Of that world
 )->bool:
     "Do the rules alone, without the company's exceptions, solve the task?"
     c, truth, has = scenario.company, scenario.task.ground_truth, tuple(d.name for d in scenario.company.departments)
     path = rule_path(scenario.task.request_type, c.industry, has)
-    form = {f for d in path for f in (*REQUIREMENTS[c.industry, d], *ALTERNATIVES.get((c.industry, d), {}).values())}
+    k = kind_named(kind)
+    form = {f for d in path for f in (*k.requirements[c.industry, d], *k.alternatives.get((c.industry, d), {}).values())}
+    if len(spare := set(k.fields) - form) <= min(TOLERANCE[b] for b, n in zip(BEHAVIORS, k.behaviors) if n): form |= spare
     superfluous = form.difference(scenario.accepted)
     return path == truth.path and form.issuperset(truth.required_fields + truth.missing) and len(superfluous) <= scenario.user.tolerance
 
@@ -537,7 +599,7 @@ def rules_ceiling(
     world:World,
 )->dict[str, float]: # `training` and `heldout`: share of validation and test tasks
     "What the rules alone solve, on training companies and on held-out ones."
-    solved = dict(training=[], heldout=[])
+    solved, kind = dict(training=[], heldout=[]), kind_of(world)
     for split in ("val", "test"):
-        for s in world.scenarios(split): solved["heldout" if s.task.heldout else "training"].append(rule_solves(s))
+        for s in world.scenarios(split): solved["heldout" if s.task.heldout else "training"].append(rule_solves(s, kind))
     return {k: sum(v) / len(v) for k, v in solved.items()}
