@@ -80,10 +80,13 @@ class TransferConfig(Section):
     rows:Count = Field(32, description="Transcripts an update")
     lr:Rate = Field(1e-3, description="Learning rate of replay")
     reexecute:bool = Field(True, description="Play each solved task's shortest plan again with freshly drawn users")
+    reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")
     warmup_steps:int = Field(20, ge=0, description="Training steps over which the replay learning rate grows to its value")
+    schedule:Literal["constant", "cosine"] = Field("constant", description="Replay learning rate after that: constant | cosine (falls to 0 at train.steps)")
+    optimizer:Literal["adamw", "muon"] = Field("adamw", description="Of replay: adamw (the policy gradient's own) | muon (apart from it; Muon inside the layers, at 20 times lr, AdamW for the rest)")
     weight_cap:float = Field(2.0, gt=0, description="strip: importance weights p(token | plain prompt) / p(token | as sampled) are cut here")
     distill_weight:float = Field(1.0, gt=0, description="gated: weight of the distillation loss beside the policy gradient")
     gate:float = Field(0.02, ge=0, description="gated: a failed row is distilled when feedback makes it less likely by more than so many nats a token")
@@ -216,6 +219,7 @@ def _verl_conflicts(c):
     fb, mode = c.algorithm.feedback_guidance, c.algorithm.transfer.mode
     rule(fb.enable and fb.content != "real", ("algorithm.feedback_guidance.content", "algorithm.feedback_guidance.enable"),
          f"the verl engine shows real feedback only, not {fb.content!r}; set it to real, or use engine: local")
+    rule(mode == "replay" and c.algorithm.transfer.optimizer != "adamw", ("algorithm.transfer.optimizer", "algorithm.transfer.mode"), f"the verl engine replays with verl's own AdamW, not {c.algorithm.transfer.optimizer!r}; set it to adamw, or use engine: local")
     rule(mode in ("shaped", "gated"), ("algorithm.transfer.mode",), f"the verl engine has none, replay and strip, not {mode!r}; use one of them, or engine: local")
     cpu = "device 'cpu' is for tests: "
     rule(h.device == "cpu" and h.tensor_parallel > 1, ("hardware.tensor_parallel", "hardware.device"), cpu + "set tensor_parallel to 1")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PURPOSES', 'KEYS', 'STEP_KEYS', 'CURVE_KEYS', 'MAX_STEPS', 'MAX_BYTES', 'FORMAT', 'World', 'Matrix', 'load_matrix',
            'refuse_shared_worlds', 'file_digest', 'policy_digest', 'settings_digest', 'MatrixJob', 'make_jobs',
-           'rounded', 'step_columns', 'by_company_and_level', 'collect', 'save_result', 'read_result', 'load_results',
-           'run_matrix', 'status_table']
+           'rounded', 'step_columns', 'kind_of_row', 'by_company_and_level', 'collect', 'save_result', 'read_result',
+           'load_results', 'run_matrix', 'status_table']
 
 # %% ../nbs/88_matrix.ipynb #f43f2fd7
 import hashlib, json
@@ -197,7 +197,7 @@ def make_jobs(
 # %% ../nbs/88_matrix.ipynb #27dbf162
 STEP_KEYS = ("step", "rollouts", "acc_by_position", "acc_cold", "acc_guided", "groups", "groups_kept", "groups_dead", "groups_dead_cold", "solved_tasks", "buffer",
     "entropy", "bad_call_rate", "response_tokens_mean", "feedback_tokens_mean", "replay_loss")
-CURVE_KEYS = ("step", "tasks", "rollouts", "tokens", "seconds", "split", "mode", "temperature", "n", "acc", "acc_training_companies", "acc_heldout", "n_training_companies", "n_heldout")
+CURVE_KEYS = ("step", "tasks", "rollouts", "tokens", "seconds", "split", "mode", "temperature", "n", "acc", "acc_seen", "acc_training_companies", "acc_heldout", "n_seen", "n_training_companies", "n_heldout")
 MAX_STEPS, MAX_BYTES, FORMAT = 400, 200_000, 1
 
 def rounded(x, digits:int=4):
@@ -216,13 +216,17 @@ def step_columns(
     for k in ("tokens", "seconds", "updates"): out[f"{k}_so_far"] = [(r.get("ledger") or {}).get(k) for r in rows]
     return out
 
+def kind_of_row(r:dict)->str: # seen, training or heldout
+    "What kind of task an episode of an evaluation played."
+    return "seen" if r.get("seen") else "heldout" if r.get("heldout") else "training"
+
 def by_company_and_level(
     rows:list[dict], # Rows of eval_rollouts.jsonl of one kind of evaluation
-)->dict: # training / heldout -> level -> `n` episodes, `solved`, and `failures` by kind
+)->dict: # seen / training / heldout -> level -> `n` episodes, `solved`, and `failures` by kind
     "Counts of an evaluation."
     out = {}
     for r in rows:
-        cell = out.setdefault("heldout" if r.get("heldout") else "training", {}).setdefault(str(r["level"]), dict(n=0, solved=0, failures={}))
+        cell = out.setdefault(kind_of_row(r), {}).setdefault(str(r["level"]), dict(n=0, solved=0, failures={}))
         cell["n"] += 1
         if r["acc"]: cell["solved"] += 1
         else: cell["failures"][r.get("failure") or "unknown"] = cell["failures"].get(r.get("failure") or "unknown", 0) + 1
@@ -236,7 +240,7 @@ def collect(
     from fg_dapo.evaluation.metrics import behavioral
     from fg_dapo.evaluation.report import load_run
     from fg_dapo.world.records import load_world
-    run, e = load_run(job.run), job.config.evaluation
+    run, e = load_run(job.run, seen=True), job.config.evaluation
     if not run.metrics or run.last_step < job.config.train.steps: raise ValueError(f"{job.run} is at step {run.last_step} of {job.config.train.steps}")
     final = [r for r in run.evals if r["step"] == run.last_step and (r["split"], r["temperature"]) == (e.split, e.temperature)]
     if job.greedy: final += read_jsonl(job.run / "greedy/evals.jsonl", torn_tail=True)[-1:]
@@ -253,8 +257,8 @@ def collect(
         ceiling=rules_ceiling(load_world(job.config.data.folder)), ledger=run.metrics[-1].get("ledger") or {}, wall_seconds=wall,
         peak_rss_mb=max((r.get("peak_rss_mb") or 0 for r in run.metrics), default=0), evals=curve, steps=step_columns(run.metrics), final=final,
         cells={m: by_company_and_level([r for r in rows if m != "feedback" or r.get("attempt")]) for m, rows in played.items() if rows},
-        passes={c: _passes([r for r in played["cold"] if bool(r.get("heldout")) == (c == "heldout")]) for c in ("training", "heldout")},
-        effect=_effect(played["feedback"]), behavioral=behavioral(run.eval_rollouts)))
+        passes={c: _passes([r for r in played["cold"] if kind_of_row(r) == c]) for c in ("seen", "training", "heldout")},
+        effect=_effect(played["feedback"]), behavioral=behavioral([r for r in run.eval_rollouts if not r.get("seen")])))
 
 def _passes(rows)->list[dict]:
     "pass@k and pass^k of cold episodes."

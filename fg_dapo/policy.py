@@ -6,7 +6,7 @@
 __all__ = ['DETAIL_MIX', 'PIECES', 'Transcript', 'feedback_text', 'spoiled', 'transcribe', 'hedged', 'demonstration',
            'train_tokenizer', 'encode', 'new_policy', 'count_parameters', 'save_policy', 'load_policy',
            'repeated_segments', 'pad_rows', 'masked_logp', 'nll', 'Demonstrations', 'WarmStart', 'cosine', 'set_lr',
-           'optimize', 'adam', 'copy_accuracy', 'learn', 'warmstart']
+           'optimize', 'adam', 'MuonAdam', 'copy_accuracy', 'learn', 'warmstart']
 
 # %% ../nbs/60_policy.ipynb #194276f4
 import math, random, time
@@ -271,7 +271,7 @@ def cosine(
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 def set_lr(opt, lr:float)->None:
-    for g in opt.param_groups: g["lr"] = lr
+    for g in opt.param_groups: g["lr"] = lr * g.get("scale", 1.0)
 
 def optimize(model, opt, loss:torch.Tensor, max_norm:float=1.0)->float: # The gradient's norm
     "One step of the optimizer, with the gradient clipped."
@@ -282,6 +282,32 @@ def optimize(model, opt, loss:torch.Tensor, max_norm:float=1.0)->float: # The gr
     return float(norm)
 
 def adam(model, lr:float, **kw): return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, **kw)
+
+# %% ../nbs/60_policy.ipynb #501dbc6a
+class MuonAdam:
+    "`torch.optim.Muon` for the matrices inside the layers, AdamW for all else, used as one optimizer."
+    scale = 20.0 # Muon's learning rate by AdamW's
+    def __init__(self, model, lr:float):
+        inner = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
+        held = set(map(id, inner))
+        self.parts = (torch.optim.Muon(inner, lr=lr, weight_decay=0.0, momentum=0.95),
+            torch.optim.AdamW([p for p in model.parameters() if id(p) not in held], lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+        for g in self.parts[0].param_groups: g["scale"] = self.scale
+        set_lr(self, lr)
+        self.sizes = [sum(len(g["params"]) for g in o.param_groups) for o in self.parts]
+    @property
+    def param_groups(self)->list[dict]: return [g for o in self.parts for g in o.param_groups]
+    def zero_grad(self, set_to_none:bool=True)->None:
+        for o in self.parts: o.zero_grad(set_to_none)
+    def step(self)->None:
+        for o in self.parts: o.step()
+    def state_dict(self)->dict: # As torch's, with AdamW's parameters numbered after Muon's
+        a, b = (o.state_dict()["state"] for o in self.parts)
+        return dict(state=a | {self.sizes[0] + i: s for i, s in b.items()}, param_groups=[])
+    def load_state_dict(self, d:dict)->None:
+        n = self.sizes[0]
+        for o, some in zip(self.parts, ({i: s for i, s in d["state"].items() if i < n}, {i - n: s for i, s in d["state"].items() if i >= n})):
+            o.load_state_dict(dict(state=some, param_groups=o.state_dict()["param_groups"]))
 
 # %% ../nbs/60_policy.ipynb #4aa8bf06
 @torch.no_grad()

@@ -7,13 +7,13 @@ import torch
 
 from fg_dapo.agent.chat import agent_turns, chat_format
 from fg_dapo.agent.scripted import best_plan
-from fg_dapo.config import load_config
+from fg_dapo.config import TransferConfig, load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
 from fg_dapo.engines import local
-from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, policy_gradient, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
+from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_lr, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
 from fg_dapo.engines.sampler import Job, PromptTooLong
 from fg_dapo.method.replay import plan_entry
-from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, train_tokenizer, transcribe
+from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, set_lr, train_tokenizer, transcribe
 
 from conftest import ROOT
 
@@ -270,7 +270,7 @@ def test_replay_teaches(small, tmp_path):
     def loss():
         with torch.no_grad(): return float(nll(t.model, torch.tensor([ids]), torch.tensor([mask])))
     before = loss()
-    log = replay_updates(t.model, t.opt, t.replayer, t.tok, 0, 0)
+    log = replay_updates(t.model, t.opt, t.replayer, t.tok, 0, t.config)
     assert log["updates"] == 5 and loss() < before - 0.1
 
 def test_a_prompt_over_the_limit_is_refused_with_the_numbers(small, tmp_path):
@@ -326,14 +326,54 @@ def test_a_folder_with_another_run_is_refused(small, tmp_path):
     train(load_config(None, [*small, "train.steps=1"]), tmp_path / "r", progress=False)
     with pytest.raises(ValueError, match="other settings"): Trainer(load_config(None, [*small, "train.steps=1", "algorithm.lr=0.01"]), tmp_path / "r")
 
-def test_optimizer_and_buffer_survive_a_checkpoint(small, tmp_path):
-    t = Trainer(load_config(None, small), tmp_path / "r")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_and_buffer_survive_a_checkpoint(small, tmp_path, optimizer):
+    config = load_config(None, [*small, f"algorithm.transfer.optimizer={optimizer}"])
+    t = Trainer(config, tmp_path / "r")
     t.replayer.buffer.add(entry_of(t.scenarios[0]))
-    replay_updates(t.model, t.opt, t.replayer, t.tok, 0, 0)
+    replay_updates(t.model, t.replay_opt, t.replayer, t.tok, 0, config)
     t.step = 1
     t.save()
-    u = Trainer(load_config(None, small), tmp_path / "r")
+    u = Trainer(config, tmp_path / "r")
     assert u.step == 1 and u.replayer.buffer.state_dict() == t.replayer.buffer.state_dict()
-    a, b = t.opt.state_dict()["state"], u.opt.state_dict()["state"]
-    assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+    a, b = t.replay_opt.state_dict()["state"], u.replay_opt.state_dict()["state"]
+    assert len(a) == len(list(t.model.parameters())) and a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+    for x in (t, u): replay_updates(x.model, x.replay_opt, x.replayer, x.tok, 1, config)
     assert all(torch.equal(x, y) for x, y in zip(t.model.state_dict().values(), u.model.state_dict().values()))
+
+def test_muon_takes_the_matrices_inside_the_layers_at_its_own_rate(small, tmp_path):
+    config = load_config(None, [*small, "algorithm.transfer.optimizer=muon"])
+    t = Trainer(config, tmp_path / "r")
+    muon, rest = t.replay_opt.parts
+    names = {id(p): n for n, p in t.model.named_parameters()}
+    inner = {names[id(p)] for g in muon.param_groups for p in g["params"]}
+    assert inner == {n for n in names.values() if n.endswith("_proj.weight")} and len(inner) + sum(len(g["params"]) for g in rest.param_groups) == len(names)
+    set_lr(t.replay_opt, 1e-3)
+    assert ([g["lr"] for g in muon.param_groups], [g["lr"] for g in rest.param_groups]) == ([pytest.approx(.02)], [1e-3])
+    assert t.opt is not t.replay_opt and list(t.optimizers) == ["optimizer", "replay_optimizer"]
+
+def test_the_replay_rate_rises_stays_or_falls():
+    def rates(**kw): return [round(replay_lr(TransferConfig(lr=1., warmup_steps=2, **kw), s, 8), 4) for s in (0, 1, 4, 7)]
+    assert rates() == [.5, 1., 1., 1.] and rates(schedule="cosine") == [.5, .9619, .5, .0381]
+
+def test_reworded_rows_ask_for_the_same_in_other_words(small, tmp_path):
+    def prompts(*more):
+        t = Trainer(load_config(None, [*small, "algorithm.transfer.guided_rows=0", "algorithm.transfer.name_dropout=0", *more]), tmp_path / "-".join(["r", *more]))
+        s = t.scenarios[0]
+        t.replayer.buffer.add(entry_of(s))
+        rows = [r for i in range(12) for r in t.replayer.rows(rng_for(i, "t"), 1)]
+        assert len(rows) == t.replayer.reexecuted == 12 and all(s.company.name in r.prompt for r in rows)
+        return {r.prompt for r in rows}, t.sampler.chat.prompt(s.task.request)
+    same, said = prompts("algorithm.transfer.reword=false")
+    other, _ = prompts("algorithm.transfer.reword=true")
+    assert same == {said} and len(other) > 5
+
+def test_the_evaluation_on_the_way_counts_seen_requests_apart(small, tmp_path):
+    t = Trainer(load_config(None, [*small, "train.eval_tasks=20"]), tmp_path / "r")
+    row = t.evaluate()
+    assert (row["n"], row["n_training_companies"] + row["n_heldout"], row["n_seen"]) == (20, 20, 20) and 0 <= row["acc_seen"] <= 1
+
+def test_small_pieces_hold_every_row_once_and_little_padding():
+    rows = [[0] * n for n in (100, 7, 300, 64, 90, 2000, 120, 5)]
+    cut = pieces(rows, len, 400)
+    assert sorted(len(r) for p in cut for r in p) == sorted(map(len, rows)) and all(len(p) * max(map(len, p)) <= 400 or len(p) == 1 for p in cut)

@@ -232,7 +232,7 @@ def test_the_local_engines_replay(step):
     theirs.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
     ours = copy.deepcopy(t.model)
-    log = replay_updates(ours, torch.optim.SGD(ours.parameters(), lr=1e-3), t.replayer, t.tok, 0, 3)
+    log = replay_updates(ours, torch.optim.SGD(ours.parameters(), lr=1e-3), t.replayer, t.tok, 0, t.config.model_copy(update=dict(seed=3)))
     assert len(rows) == 8 and log["updates"] == 1
     close(log["replay_loss"], theirs.detach(), 1e-5)
     close(gradients(ours), gradients(model), 1e-5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from fg_dapo.core import read_json, read_jsonl, rng_for, write_json, write_jsonl
 from fg_dapo.world.directory import CompanyDirectory, CompanyInfo, DepartmentInfo
-from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, generate_world, level_of, odd_fields, odd_path,
+from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, generate_world, revealed, rule_solves, rules_ceiling, seen_scenarios, level_of, odd_fields, odd_path,
     random_company, random_scenario, random_user, request_text, rule_path)
 from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, FILES, TOLERANCE, load_world, save_world, solve
 from fg_dapo.world.user import UserSimulator, fields_in
@@ -444,3 +444,25 @@ def test_command(files):
     bad = run("--companies", files["companies"], "--tasks", files["train"])
     assert bad.returncode == 1 and len(bad.stderr.splitlines()) == 2 and "2 errors in 100 companies" in bad.stdout
     assert main(["--companies", str(files["companies"])]) == 0
+
+@pytest.mark.parametrize("kind", ["standard", "easy"])
+def test_seen_requests_are_those_of_training_by_new_users(kind):
+    w = generate_world(3, kind)
+    some = seen_scenarios(w, "test", 500)
+    routes = {(t.company_id, t.request_type): t for t in w.tasks["train"]}
+    assert len(some) == 500 and [s.task for s in some] == [s.task for s in seen_scenarios(generate_world(3, kind), "test", 500)]
+    assert {s.task.id for s in some}.isdisjoint(t.id for ts in w.tasks.values() for t in ts) and not {s.user.id for s in some} & set(w.users)
+    for s in some:
+        t = routes[s.company.id, s.task.request_type]
+        assert not s.company.heldout and s.task.ground_truth.path == t.ground_truth.path and s.company.name in s.task.request
+    val = seen_scenarios(w, "val", 100)
+    assert len(val) == 100 and {s.task.level: None for s in val}.keys() == {t.level for t in w.tasks["train"]}
+    assert {(s.company.id, tuple(s.user.fields.values())) for s in val}.isdisjoint((s.company.id, tuple(s.user.fields.values())) for s in some)
+    levels = [sum(s.task.level == l for s in some) for l in range(1, 6)]
+    assert levels == [sum(t.level == l for t in w.tasks["train"]) for l in range(1, 6)]
+
+def test_what_training_reveals_lifts_the_ceiling_of_training_companies():
+    w = generate_world(3)
+    known, c = revealed(w), rules_ceiling(w)
+    assert all(rule_solves(s, known=known) for s in seen_scenarios(w, "val", 100)) # Whoever knows by heart solves what was seen
+    assert c["training"] < c["training_known"] < 1 and known.isdisjoint((s.company.id, d) for s in w.scenarios("test") if s.task.heldout for d in s.task.ground_truth.path)

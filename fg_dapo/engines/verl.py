@@ -32,7 +32,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import sft_loss
 
 from ..core import RunDir, append_jsonl, read_json, read_jsonl, rng_for, seed_for, write_json
-from .local import Replayer, Sample, flat, judge, mean, rewind, rollout_row, step_metrics, summary, to_entry
+from .local import Replayer, Sample, flat, judge, mean, replay_lr, rewind, rollout_row, step_metrics, summary, to_entry
 from .sampler import Job, Rollout, text_ids
 from .verl_rollout import RunFailed, failure, stage
 from ..method.alarm import Collapsed, Watch
@@ -323,7 +323,7 @@ def replay(self:FeedbackGuidedDAPOTrainer, metrics:dict)->None:
     t, step, losses = self.run.algorithm.transfer, self.global_steps - 1, []
     ranks, rng = self.run.hardware.nodes * self.run.hardware.gpus_per_node, rng_for(self.run.seed, "replay", step)
     if not len(self.replayer.buffer): return
-    lr = t.lr * min(1.0, (step + 1) / max(1, t.warmup_steps))
+    lr = replay_lr(t, step, self.run.train.steps)
     for i in range(t.updates):
         self.beat(f"replay {i + 1} of {t.updates}")
         rows = [encode(self.tokenizer, x) for x in self.replayer.rows(rng, t.rows)]

@@ -29,6 +29,7 @@ def evaluate(
     from fg_dapo.method.feedback import Critique
     from fg_dapo.engines.sampler import shown
     from fg_dapo.policy import load_policy
+    from fg_dapo.world.generate import seen_scenarios
     from fg_dapo.world.records import load_world
     if mode not in ("cold", "feedback", "both"): raise ValueError(f"no mode {mode!r}; there are cold, feedback and both")
     world, (model, tok) = load_world(data_folder), load_policy(checkpoint)
@@ -36,11 +37,13 @@ def evaluate(
     sampler = make_sampler(model, tok, world, settings_of(checkpoint, tok), temperature)
     base, rows, rollouts = dict(spent(checkpoint), split=split, temperature=temperature), [], []
     first = play_tasks(sampler, scenarios, seed_for(seed, "evaluate", "first"), samples, detail=detail)
+    known = seen_scenarios(world, split, len(scenarios)) if split != "train" and mode != "feedback" else []
+    seen = play_tasks(sampler, known, seed_for(seed, "evaluate", "seen"), samples, detail=detail) if known else []
     if mode != "feedback":
         by_task = {}
         for s in first: by_task.setdefault(s.group, []).append(s.result["acc"])
-        rows.append(dict(base, mode="cold", k=samples, tokens_mean=sum(s.rollout.tokens for s in first) / len(first), **summary(first), passes=passes(by_task)))
-        rollouts += [rollout_row(s, split=split, mode="cold", attempt=s.position, temperature=temperature) for s in first]
+        rows.append(dict(base, mode="cold", k=samples, tokens_mean=sum(s.rollout.tokens for s in first) / len(first), **summary(first, seen), passes=passes(by_task)))
+        for some in (first, seen): rollouts += [rollout_row(s, split=split, mode="cold", attempt=s.position, temperature=temperature, seen=some is seen) for s in some]
     if mode != "cold":
         tries = [s for s in first if s.position == 0]
         failed = [s for s in tries if s.result["acc"] < 1]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'EXTRA', 'INTERVALS', 'STYLE', 'COMPANIES', 'THRESHOLDS', 'PARTS', 'arm_label', 'sort_arms', 'arm_styles',
-           'seeds_note', 'to_png', 'pick_stream', 'learning_curves', 'position_curves', 'gap_curves', 'final_stream',
-           'level_bars', 'reaches', 'efficiency_bars', 'failure_bars', 'seconds_split']
+           'seeds_note', 'to_png', 'kinds_of', 'pick_stream', 'learning_curves', 'position_curves', 'gap_curves',
+           'final_stream', 'level_bars', 'reaches', 'efficiency_bars', 'failure_bars', 'seconds_split']
 
 # %% ../../nbs/evaluation/30_plots.ipynb #da66b154
 import io, textwrap, zlib
@@ -112,7 +112,13 @@ def to_png(
     return out.getvalue()
 
 # %% ../../nbs/evaluation/30_plots.ipynb #ddc6881c
-COMPANIES = dict(training=("Training companies", "acc_training_companies", "n_training_companies"), heldout=("Held-out companies", "acc_heldout", "n_heldout"))
+COMPANIES = dict(seen=("Seen requests, new users", "acc_seen", "n_seen"), training=("Training companies, new requests", "acc_training_companies", "n_training_companies"), heldout=("Held-out companies", "acc_heldout", "n_heldout")) # Kind of task to its name and columns
+
+def kinds_of(
+    evals:pd.DataFrame, # Rows of evals.jsonl
+)->dict: # The part of `COMPANIES` that was evaluated; the first one is the headline
+    "The kinds of tasks in some evaluations."
+    return {k: v for k, v in COMPANIES.items() if v[1] in evals and evals[v[1]].notna().any()}
 
 def pick_stream(
     evals:pd.DataFrame, # Rows of evals.jsonl with arm and seed
@@ -155,9 +161,9 @@ def learning_curves(
     "Cold-start success against what was spent, on training and held-out companies."
     rows, drawn = pick_stream(evals, "cold", split, temperature), []
     if not len(rows): raise ValueError(f"no cold-start evaluation for split={split!r}, temperature={temperature!r}; evaluate first")
-    styles = arm_styles(rows["arm"])
-    with _figure("Cold-start success while training", 2, sharey=True) as (fig, axes):
-        for ax, (where, (name, acc, n)) in zip(axes, COMPANIES.items()):
+    styles, kinds = arm_styles(rows["arm"]), kinds_of(rows)
+    with _figure("Cold-start success while training", len(kinds), sharey=True) as (fig, axes):
+        for ax, (where, (name, acc, n)) in zip(axes, kinds.items()):
             for arm, (color, marker) in styles.items():
                 points = [(g[x].mean(), seed_interval(g[acc].tolist(), g[n].tolist())) for _, g in rows[rows["arm"] == arm].groupby("step")]
                 drawn += _line(ax, points, color=color, marker=marker)
@@ -167,7 +173,7 @@ def learning_curves(
             count = rows[n].dropna()
             ax.set_title(f"{name} (n = {_span(count)})" if len(count) else name)
             _spent(ax, {"rollouts": "training rollouts", "tasks": "training tasks", "tokens": "sampled tokens"}.get(x, x))
-            _percent(ax, "cold-start success" if where == "training" else "")
+            _percent(ax, "cold-start success" if where == next(iter(kinds)) else "")
         fig.keys, fig.note = _arm_keys(styles), _note(rows, drawn, _kind(rows))
     return fig
 
@@ -297,24 +303,27 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 
 def reaches(
     evals:pd.DataFrame, # Rows of evals.jsonl with arm and seed
-    where:str="training", # Or 'heldout'
+    where:str|None=None, # A key of `COMPANIES`; `None` takes the first that was evaluated
     thresholds=THRESHOLDS, # Success rates
     x:str="rollouts", # Or 'tasks', 'tokens', 'seconds'
 )->dict: # arm -> threshold -> {seed: (value, censored)}
     "When each run first reached each threshold, cold, on one kind of company."
-    acc, rows = COMPANIES[where][1], pick_stream(evals, "cold")
+    rows = pick_stream(evals, "cold")
+    if not len(rows): return {}
+    acc = COMPANIES[where or next(iter(kinds_of(rows)))][1]
     return {arm: {t: {s: first_reach(r[x].tolist(), r[acc].tolist(), t) for s, r in g.groupby("seed")} for t in thresholds}
             for arm, g in sorted(rows.groupby("arm"), key=lambda kv: sort_arms(rows["arm"]).index(kv[0]))}
 
 def efficiency_bars(
     evals:pd.DataFrame, # Rows of evals.jsonl with arm and seed
-    where:str="training", # Or 'heldout'
+    where:str|None=None, # A key of `COMPANIES`; `None` takes the first that was evaluated
     thresholds=THRESHOLDS, # Success rates
     x:str="rollouts", # Or 'tasks', 'tokens', 'seconds'
 )->Figure:
     "What it took to reach each threshold; `>` where a run ended before."
     got = reaches(evals, where, thresholds, x)
     if not got: raise ValueError("no cold-start evaluation; evaluate first")
+    where = where or next(iter(kinds_of(pick_stream(evals))))
     rows, styles, h = pick_stream(evals), arm_styles(got), 0.82 / len(got)
     top = max(v or 0 for a in got.values() for s in a.values() for v, _ in s.values()) or 1
     with _figure(f"Training {x} to reach a cold-start success", width=8.6, height=1.9 + 0.2 * len(thresholds) * max(2, len(got))) as (fig, (ax,)):

@@ -72,6 +72,7 @@ def _rewound(rows:list[dict])->list[dict]:
 # %% ../../nbs/evaluation/40_report.ipynb #e58071c0
 def load_run(
     path:str|Path, # The run's folder
+    seen:bool=False, # With the episodes on requests of training tasks, which stand apart from those of the split
 )->Run: # Raises `FileNotFoundError` when it has no manifest
     "Read one run folder."
     path = Path(path)
@@ -84,7 +85,7 @@ def load_run(
     seed = m["seed"] if m.get("seed") is not None else int(name[2]) if name else 0
     evals = sorted(_rows(path / "evals.jsonl", "split", "mode", "temperature", "k"), key=lambda r: r["step"])
     return Run(path, str(arm), int(seed), m, _rewound(_rows(path / "metrics.jsonl")), evals,
-        _rows(path / "rollouts.jsonl", "group", "task_id", "position"), _rows(path / "eval_rollouts.jsonl"))
+        _rows(path / "rollouts.jsonl", "group", "task_id", "position"), [r for r in _rows(path / "eval_rollouts.jsonl") if seen or not r.get("seen")])
 
 def load_runs(
     paths, # Run folders, or folders that hold run folders; one path or several
@@ -181,11 +182,11 @@ QUESTION = ("Does showing a policy its own failures in words, to later rollouts 
             "succeed after fewer rollouts?")
 
 # %% ../../nbs/evaluation/40_report.ipynb #c884f658
-def final_rates(evals:pd.DataFrame, mode="cold", acc="acc")->dict: # arm -> 'training' / 'heldout' / 'all' -> interval, with `n`, `step`, `rollouts`
+def final_rates(evals:pd.DataFrame, mode="cold", acc="acc")->dict: # arm -> 'seen' / 'training' / 'heldout' / 'all' -> interval, with `n`, `step`, `rollouts`
     "Success of each arm at its last checkpoint."
     rows, out = final_stream(evals, mode) if len(evals) else evals, {}
     if not len(rows): return out
-    cols = dict(all=(acc, "n")) | ({k: (a, n) for k, (_, a, n) in COMPANIES.items()} if acc == "acc" else {})
+    cols = dict(all=(acc, "n")) | ({k: (a, n) for k, (_, a, n) in plots.kinds_of(rows).items()} if acc == "acc" else {})
     for arm in sort_arms(rows["arm"]):
         g = rows[rows["arm"] == arm]
         def size(n): return dict(n=int(g[n].max()) if g[n].notna().any() else 0)
@@ -235,8 +236,9 @@ def warnings(runs)->list[Block]:
 
 def arm_card(arm, final:dict, got:dict)->tuple:
     "An arm's headline: both cold-start rates, and the rollouts to 50%."
-    rates = [(with_interval(final[k]), f"cold start, {COMPANIES[k][0].lower()}, n = {final[k]['n']}") for k in COMPANIES]
-    return arm_label(arm), (*rates, (reach_text(median_reach(got.get(0.5, {}).values())), "training rollouts to 50%, training companies"))
+    rates = [(with_interval(final[k]), f"cold start, {COMPANIES[k][0].lower()}, n = {final[k]['n']}") for k in COMPANIES if k in final]
+    kind = next(k for k in COMPANIES if k in final)
+    return arm_label(arm), (*rates, (reach_text(median_reach(got.get(0.5, {}).values())), f"training rollouts to 50%, {COMPANIES[kind][0].lower()}"))
 
 def answer(runs, evals)->Section:
     "Question and short answer."
@@ -248,9 +250,9 @@ def answer(runs, evals)->Section:
         Block("cards", rows=tuple(arm_card(a, final[a], got.get(a, {})) for a in final)),
         text(f"Success without feedback in the prompt, at each run's last checkpoint ({first['kind']}), with the interval in brackets: "
              f"{plots.INTERVALS[first['training']['how']]}. Rollouts spent by then: {spent}."),
-        *comparison(runs, got))
+        *comparison(runs, got, next(COMPANIES[k][0].lower() for k in COMPANIES if k in first)))
 
-def comparison(runs, got)->list[Block]:
+def comparison(runs, got, kind:str)->list[Block]:
     "Ours against the control and against DAPO, threshold by threshold."
     ours, references = main_arms(got)
     if not ours or not references: return [text("Only one side of the comparison is here, so there is nothing to compare it with.")]
@@ -259,7 +261,7 @@ def comparison(runs, got)->list[Block]:
     pairs = [r["pairs"] for x in ratios.values() for r in x.values()]
     interval = "95% interval from resampling pairs" if max(pairs) > 1 else "no interval"
     return [table(["cold-start success", *(f"{arm_label(a)} ÷ {arm_label(ours)}" for a in references)], rows,
-        f"How many times the rollouts of {arm_label(ours)} each reference needed, training companies; geometric mean over {plural(min(pairs), 'paired seed')}, "
+        f"How many times the rollouts of {arm_label(ours)} each reference needed, {kind}; geometric mean over {plural(min(pairs), 'paired seed')}, "
         f"{interval}. {CAPTIONS['ratio']}")]
 
 # %% ../../nbs/evaluation/40_report.ipynb #6be2f08f
@@ -327,7 +329,7 @@ def efficiency(evals, ceiling)->Section|None:
     "Learning curves, and rollouts to each threshold."
     if not len(plots.pick_stream(evals)): return None
     blocks = [figure(plots.learning_curves(evals, ceiling), "learning_curves", CAPTIONS["curves"] + (CAPTIONS["ceiling"] if ceiling else ""))]
-    for where, (name, _, n) in COMPANIES.items():
+    for where, (name, _, n) in plots.kinds_of(plots.pick_stream(evals)).items():
         got = reaches(evals, where)
         rows = [[arm_label(a), *(reach_text(median_reach(s.values())) for s in got[a].values())] for a in got]
         blocks.append(table(["arm", *(f"to {t:.0%}" for t in THRESHOLDS)], rows, f"{name}: {CAPTIONS['reach']}"))
@@ -346,16 +348,16 @@ def levels(evals)->Section|None:
     "Every evaluation of the last checkpoint, and success by level."
     if not len(evals): return None
     last = evals.sort_values("step", kind="stable").groupby(["arm", "seed", "split", "mode", "temperature"], dropna=False).tail(1)
-    rows = []
+    rows, kinds = [], plots.kinds_of(last)
     for (split, mode, temp), g in last.groupby(["split", "mode", "temperature"], dropna=False):
         for arm in sort_arms(g["arm"]):
             a = g[g["arm"] == arm]
-            rates = [seed_interval(a[c].tolist(), a[n].tolist()) for c, n in (("acc", "n"), *((c, n) for _, c, n in COMPANIES.values()))]
+            rates = [seed_interval(a[c].tolist(), a[n].tolist()) for c, n in (("acc", "n"), *((c, n) for _, c, n in kinds.values()))]
             how = "greedy" if temp == 0 else "–" if pd.isna(temp) else f"{temp:g}"
             rows.append([split, mode, how, arm_label(arm), _span_steps(a["step"]), num(a["n"].max()), *(with_interval(r) for r in rates)])
     has_levels = len(final_stream(evals)) and "by_level" in evals and final_stream(evals)["by_level"].map(bool).any()
     return section("evaluations", "Last checkpoint, by split and level",
-        table(["split", "mode", "temperature", "arm", "step", "n", "all", *(name.lower() for name, *_ in COMPANIES.values())], rows, CAPTIONS["evaluations"]),
+        table(["split", "mode", "temperature", "arm", "step", "n", "all", *(name.lower() for name, *_ in kinds.values())], rows, CAPTIONS["evaluations"]),
         figure(plots.level_bars(evals), "levels", CAPTIONS["levels"]) if has_levels else None,
         aggregate(evals))
 

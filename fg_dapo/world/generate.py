@@ -10,10 +10,12 @@ __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FR
            'request_text', 'Kind', 'kind_named', 'kind_of', 'odd_fields', 'rule_path', 'odd_path', 'quota',
            'phone_numbers', 'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields',
            'random_user', 'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs',
-           'pick', 'make_tasks', 'generate_world', 'keep_world', 'rule_solves', 'rules_ceiling']
+           'pick', 'make_tasks', 'generate_world', 'keep_world', 'rule_solves', 'revealed', 'rules_ceiling',
+           'seen_scenarios']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
 import dataclasses, random, tempfile
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 
@@ -585,21 +587,49 @@ def keep_world(
 def rule_solves(
     scenario:Scenario, # A task of a world
     kind:str="standard", # Of that world
+    known:Collection=(), # Pairs of company and department, or of company and request, whose truth is known whatever the rules say
 )->bool:
-    "Do the rules alone, without the company's exceptions, solve the task?"
-    c, truth, has = scenario.company, scenario.task.ground_truth, tuple(d.name for d in scenario.company.departments)
-    path = rule_path(scenario.task.request_type, c.industry, has)
-    k = kind_named(kind)
-    form = {f for d in path for f in (*k.requirements[c.industry, d], *k.alternatives.get((c.industry, d), {}).values())}
+    "Do the rules alone, without the company's exceptions that are not known, solve the task?"
+    c, t, truth, k = scenario.company, scenario.task, scenario.task.ground_truth, kind_named(kind)
+    path = truth.path if (c.id, t.request_type) in known else rule_path(t.request_type, c.industry, tuple(d.name for d in c.departments))
+    form = {f for d in path for f in (dict(zip((x.name for x in c.departments), c.departments))[d].accepted if (c.id, d) in known
+        else (*k.requirements[c.industry, d], *k.alternatives.get((c.industry, d), {}).values()))}
     if len(spare := set(k.fields) - form) <= min(TOLERANCE[b] for b, n in zip(BEHAVIORS, k.behaviors) if n): form |= spare
     superfluous = form.difference(scenario.accepted)
     return path == truth.path and form.issuperset(truth.required_fields + truth.missing) and len(superfluous) <= scenario.user.tolerance
 
+def revealed(
+    world:World,
+)->set[tuple[str, str]]: # Company and request, and company and department
+    "What there is to learn by heart: the routes and the departments that training tasks lead to."
+    return {(t.company_id, x) for t in world.tasks["train"] for x in (t.request_type, *t.ground_truth.path)}
+
 def rules_ceiling(
     world:World,
-)->dict[str, float]: # `training` and `heldout`: share of validation and test tasks
-    "What the rules alone solve, on training companies and on held-out ones."
-    solved, kind = dict(training=[], heldout=[]), kind_of(world)
-    for split in ("val", "test"):
-        for s in world.scenarios(split): solved["heldout" if s.task.heldout else "training"].append(rule_solves(s, kind))
+)->dict[str, float]: # `training` and `heldout`: share of validation and test tasks; `training_known`: with what training tasks reveal known as well
+    "What the rules solve, on training companies and on held-out ones."
+    solved, kind, known = dict(training=[], heldout=[], training_known=[]), kind_of(world), revealed(world)
+    for s in (*world.scenarios("val"), *world.scenarios("test")):
+        solved["heldout" if s.task.heldout else "training"].append(rule_solves(s, kind))
+        if not s.task.heldout: solved["training_known"].append(rule_solves(s, kind, known))
     return {k: sum(v) / len(v) for k, v in solved.items()}
+
+# %% ../../nbs/world/20_generate.ipynb #950913d3
+def seen_scenarios(
+    world:World,
+    split:str, # val or test: they have other users and words
+    n:int, # How many, at most one for each training task; all levels in the mix of the training tasks
+    seed:int=0,
+)->list[Scenario]:
+    "Requests of training tasks by new users in new words."
+    rng, tasks, out = rng_for(seed, "seen", split), world.tasks["train"], []
+    for level in sorted({t.level for t in tasks}):
+        some = [t for t in tasks if t.level == level]
+        out += rng.sample(some, min(len(some), round(n * len(some) / len(tasks))))
+    rng.shuffle(out)
+    def again(i, t):
+        had = world.users[t.user_id]
+        user = random_user(rng, f"n{i:03}", tuple(f for f in AUTH_FIELDS if f not in had.fields), had.behavior)
+        task = make_task(rng, world.companies[t.company_id], user, t.request_type, f"seen-{split}-{i:04}", split)
+        return Scenario(task, world.companies[t.company_id], user)
+    return [again(i, t) for i, t in enumerate(out)]
