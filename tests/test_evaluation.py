@@ -190,7 +190,7 @@ def test_figures_say_what_they_show(runs_dir):
     runs = load_runs(runs_dir)
     evals, metrics = frame(runs, "evals"), frame(runs, "metrics")
     curves = plots.learning_curves(evals, ceiling=dict(heldout=0.8))
-    assert [a.get_title(loc="left") for a in curves.axes] == ["Training companies (n = 20)", "Held-out companies (n = 20)"]
+    assert [a.get_title(loc="left") for a in curves.axes] == ["Training companies, new requests (n = 20)", "Held-out companies (n = 20)"]
     assert "1 seed" in curves.note and "Wilson interval over tasks, not over seeds" in curves.note
     assert [h.get_label() for h in curves.keys] == ["DAPO", "DAPO + replay (control)", "FG as in the plan", "FG + replay"]
     assert any("rules only: 80%" in t.get_text() for t in curves.axes[1].texts) and not curves.axes[0].texts

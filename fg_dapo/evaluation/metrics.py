@@ -6,8 +6,8 @@
 __all__ = ['MIN_SEEDS', 'SPENT', 'THRESHOLDS', 'ACC', 'MEASURES', 'CRITERION', 'success_rate', 'seed_interval', 'pass_at_k',
            'pass_hat_k', 'pass_table', 'iqm', 'stratified_bootstrap', 'first_reach', 'median_reach', 'censored_ratio',
            'holm', 'verdict', 'eval_stream', 'behavioral', 'compute_all_metrics', 'mean_interval', 'sign_flip',
-           'reach_of', 'cold_rate', 'by_position', 'guided_gap', 'arm_results', 'paired', 'arm_iqm', 'reach_table',
-           'ablation_table', 'check_protocol', 'claims', 'needs', 'criteria_markdown']
+           'reach_of', 'area', 'cold_rate', 'by_position', 'guided_gap', 'arm_results', 'paired', 'arm_iqm',
+           'reach_table', 'ablation_table', 'check_protocol', 'claims', 'needs', 'criteria_markdown']
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #a789bf8c
 import math
@@ -279,6 +279,19 @@ def reach_of(
     key = ACC[companies]
     rows = eval_stream(result.get("evals", []))
     return first_reach([r[by] for r in rows], [r.get(key) for r in rows], threshold, hold)
+
+def area(
+    result:dict, # A result file
+    upto:float, # Of what was spent
+    by:str="rollouts", # One of `SPENT`
+    companies:str="seen", # Or training, heldout
+)->float|None: # Between 0 and 1; `None` without an evaluation
+    "Mean cold-start success over what was spent, from 0 to `upto`: the area under the curve. After its last evaluation a run stays where it was."
+    points = [(r[by], r[ACC[companies]]) for r in eval_stream(result.get("evals", [])) if r.get(ACC[companies]) is not None]
+    if not points: return None
+    x, y = np.array(points, float).T
+    grid = np.unique([0.0, *x[x < upto], upto])
+    return float(np.trapezoid(np.interp(grid, x, y), grid) / upto)
 
 def cold_rate(
     result:dict,
