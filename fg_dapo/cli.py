@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRA_OF', 'app', 'Folder', 'Settings', 'explain', 'stoppable', 'given', 'Commands', 'main', 'data', 'validate',
            'is_hub_name', 'warmstart', 'train', 'plan', 'export', 'evaluate', 'find_runs', 'report', 'config', 'doctor',
-           'demo', 'matrix']
+           'demo', 'matrix', 'results']
 
 # %% ../nbs/90_cli.ipynb #523915ed
 import re, signal, sys, threading
@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 # %% ../nbs/90_cli.ipynb #31466c26
-EXTRA_OF = dict(torch="local", transformers="local", tokenizers="local", safetensors="local", tensorboard="logging", wandb="logging", verl="verl-cpu", ray="verl-cpu")
+EXTRA_OF = dict(torch="local", transformers="local", tokenizers="local", safetensors="local", tensorboard="logging", wandb="logging", verl="verl-cpu", ray="verl-cpu", papermill="notebook")
 
 def explain(
     e:BaseException, # What was raised
@@ -26,7 +26,8 @@ def explain(
     if isinstance(e, BrokenPipeError): return None
     if isinstance(e, ModuleNotFoundError):
         name = (e.name or "").partition(".")[0]
-        return [f"{name} is not installed; pip install 'fg_dapo[{EXTRA_OF[name]}]', or make env in a checkout"] if name in EXTRA_OF else None
+        target = "env-dev" if EXTRA_OF.get(name) == "notebook" else "env"
+        return [f"{name} is not installed; pip install 'fg_dapo[{EXTRA_OF[name]}]', or make {target} in a checkout"] if name in EXTRA_OF else None
     if isinstance(e, KeyError):
         text = e.args[0] if e.args else None
         return [text] if isinstance(text, str) and " " in text else None
@@ -427,6 +428,37 @@ def matrix(
     typer.echo(f"{m.purpose}: {len(todo)} runs, {sum(j.done() for j in todo)} done, {jobs} at a time; logs are in {out / 'runs/logs'}")
     if failed := run_matrix(todo, jobs, tries): raise ValueError("\n".join([*failed, "run the same command to go on"]))
     typer.echo(f"all {len(todo)} results are in {out / 'results'}")
+
+# %% ../nbs/90_cli.ipynb #7436a693
+@app.command()
+def results(
+    confirm:Annotated[Path, typer.Option(help="Folder with the results of the confirmation.")] = Path("experiments/matrix_confirm"),
+    explore:Annotated[Path, typer.Option(help="Folder with the results of the exploration.")] = Path("experiments/matrix_explore"),
+    ablate:Annotated[Path, typer.Option(help="Folder with the results of the ablations.")] = Path("experiments/matrix_ablate"),
+    tune:Annotated[Path, typer.Option(help="Folder with the results of the tuning.")] = Path("experiments/matrix_tune"),
+    check:Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 and name what is not what the result files give.")] = False,
+):
+    """Write the analyses, RESULTS.md and the paper outline from result files.
+
+    Runs the notebooks in experiments/ with papermill; each makes its figures and writes its document. No number in them is typed.
+
+    \b
+    Examples: fg-dapo results
+              fg-dapo results --check
+              fg-dapo results --confirm elsewhere/matrix_confirm
+    """
+    from fg_dapo.evaluation.documents import DOCUMENTS, check as differing, run_all
+    from fg_dapo.evaluation.findings import gather
+    from fg_dapo.matrix import load_results
+    root, folders = Path("experiments"), dict(confirm=confirm, explore=explore, ablate=ablate, tune=tune)
+    if not (root / "protocol.yaml").is_file(): raise FileNotFoundError(f"no {root / 'protocol.yaml'} here; run this in the top folder of a checkout")
+    evidence = gather(load_results, root / "protocol.yaml", **folders)
+    if not check:
+        from tqdm import tqdm
+        for name in run_all(root, folders, lambda names: tqdm(names, desc="notebooks", unit="notebook", disable=None)): typer.echo(f"removed {root / 'figures' / name}, which no document shows")
+    if bad := differing(evidence, root): raise ValueError("\n".join([*(f"{root / b}" for b in bad), *(["write them anew with: fg-dapo results"] if check else [])]))
+    counts = ", ".join(f"{len(getattr(evidence, h))} {h}" for h in folders)
+    typer.echo(f"{len(DOCUMENTS)} documents in {root} {'are' if check else 'were written, and are'} what the result files give ({counts})")
 
 # %% ../nbs/90_cli.ipynb #9189a65d
 if __name__ == "__main__" and "__file__" in globals(): app()

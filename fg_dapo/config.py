@@ -78,6 +78,7 @@ class TransferConfig(Section):
         description="none | replay (train on successes under the plain prompt) | strip (guided rollouts a second time, under the plain prompt, with importance weights) | shaped (as GOLF: train on plain rows, and on one guided success where no plain row succeeded) | gated (as SDPO, gated: failed plain rows are drawn to what the policy would say with feedback)")
     updates:Count = Field(12, description="Replay updates a training step")
     rows:Count = Field(32, description="Transcripts an update")
+    passes:float|None = Field(None, gt=0, description="At most so many passes over the buffer a step, so that a handful of successes is not learned by heart; null: always `updates`")
     lr:Rate = Field(1e-3, description="Learning rate of replay")
     reexecute:bool = Field(True, description="Play each solved task's shortest plan again with freshly drawn users")
     reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")

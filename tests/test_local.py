@@ -10,7 +10,7 @@ from fg_dapo.agent.scripted import best_plan
 from fg_dapo.config import TransferConfig, load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
 from fg_dapo.engines import local
-from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_lr, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
+from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_count, replay_lr, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
 from fg_dapo.engines.sampler import Job, PromptTooLong
 from fg_dapo.method.replay import plan_entry
 from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, set_lr, train_tokenizer, transcribe
@@ -377,3 +377,10 @@ def test_small_pieces_hold_every_row_once_and_little_padding():
     rows = [[0] * n for n in (100, 7, 300, 64, 90, 2000, 120, 5)]
     cut = pieces(rows, len, 400)
     assert sorted(len(r) for p in cut for r in p) == sorted(map(len, rows)) and all(len(p) * max(map(len, p)) <= 400 or len(p) == 1 for p in cut)
+
+def test_few_successes_are_not_replayed_more_often_than_asked(small, tmp_path):
+    t = TransferConfig(updates=8, rows=32, passes=4)
+    assert [replay_count(t, n) for n in (1, 8, 12, 48, 500)] == [1, 1, 2, 6, 8] and replay_count(TransferConfig(updates=8), 1) == 8
+    r = Trainer(load_config(None, [*small, "algorithm.transfer.updates=5", "algorithm.transfer.rows=2", "algorithm.transfer.passes=2"]), tmp_path / "r")
+    for s in r.scenarios[:3]: r.replayer.buffer.add(entry_of(s))
+    assert replay_updates(r.model, r.opt, r.replayer, r.tok, 0, r.config)["updates"] == 3

@@ -1,5 +1,5 @@
 """Experiments: the runner under faults, result files, worlds of another kind, the protocol and its statistics."""
-import json, os, re, signal, stat, subprocess, sys, time
+import hashlib, json, os, re, signal, stat, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -560,3 +560,9 @@ def test_the_report_shows_every_criterion():
     row = by_text["FG + transfer against DAPO: rollouts to 30% cold start"]
     assert row[2:] == ("at least 10, interval above 3", "at least 10.0× (from 10.0); reached by 5 of 5 runs, by the reference 0", "5", "met")
     assert by_text["Works in other tool-use domains"][3:] == ("–; there is one domain here", "0", "not measured")
+
+def test_a_new_setting_leaves_results_alone_and_a_new_default_does_not():
+    defaults = hashlib.sha256(json.dumps(RunConfig().model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:8]
+    assert (matrix.DEFAULTS, defaults) == (1, "04ba338f"), "a setting is new, or its default changed: in the second case raise matrix.DEFAULTS; then write both here"
+    a, b = (load_config(None, [x]) for x in ("train.steps=40", "train.steps=41"))
+    assert matrix.settings_digest(a, "w", "p", {}) == matrix.settings_digest(RunConfig(), "w", "p", {}) != matrix.settings_digest(b, "w", "p", {})

@@ -6,8 +6,9 @@
 __all__ = ['Sample', 'task_order', 'collect', 'conditions', 'judge', 'sample_step', 'forward_logp', 'piece_size', 'pieces',
            'TrainingRow', 'stripped', 'training_rows', 'row_loss', 'TaughtRow', 'taught_rows', 'policy_logits',
            'taught_loss', 'policy_gradient', 'to_entry', 'Replayer', 'served', 'reworded', 'renamed', 'replay_lr',
-           'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary', 'step_metrics', 'save_checkpoint',
-           'checkpoints', 'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt', 'make_sampler', 'Trainer', 'train']
+           'replay_count', 'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary', 'step_metrics',
+           'save_checkpoint', 'checkpoints', 'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt', 'make_sampler',
+           'Trainer', 'train']
 
 # %% ../../nbs/engines/20_local.ipynb #ce5c60d3
 import dataclasses, math, os, resource, shutil, signal, sys, time
@@ -392,6 +393,13 @@ def replay_lr(
     rise = min(1.0, (step + 1) / max(1, transfer.warmup_steps))
     return transfer.lr * rise * (0.5 + 0.5 * math.cos(math.pi * step / steps) if transfer.schedule == "cosine" else 1.0)
 
+def replay_count(
+    transfer, # A `TransferConfig`
+    held:int, # Entries in the buffer
+)->int: # Updates of a step
+    "How often a step replays: less often while there is little to replay, if `passes` says so."
+    return transfer.updates if transfer.passes is None else min(transfer.updates, max(1, round(transfer.passes * held / transfer.rows)))
+
 def replay_updates(
     model, opt,
     replayer:Replayer,
@@ -403,7 +411,8 @@ def replay_updates(
     tr, rng, sums = replayer.transfer, rng_for(config.seed, "replay", step), []
     if not len(replayer.buffer): return dict(replay_loss=None, updates=0)
     set_lr(opt, replay_lr(tr, step, config.train.steps))
-    for _ in range(tr.updates):
+    n = replay_count(tr, len(replayer.buffer))
+    for _ in range(n):
         rows = [encode(tok, t) for t in replayer.rows(rng, tr.rows)]
         if not rows: continue
         tokens = sum(sum(m) for _, m in rows)
@@ -415,7 +424,7 @@ def replay_updates(
             sums.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-    return dict(replay_loss=sum(sums) / tr.updates, updates=tr.updates)
+    return dict(replay_loss=sum(sums) / n, updates=n)
 
 # %% ../../nbs/engines/20_local.ipynb #19994af6
 def rollout_row(

@@ -32,7 +32,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.losses import sft_loss
 
 from ..core import RunDir, append_jsonl, read_json, read_jsonl, rng_for, seed_for, write_json
-from .local import Replayer, Sample, flat, judge, mean, replay_lr, rewind, rollout_row, step_metrics, summary, to_entry
+from .local import Replayer, Sample, flat, judge, mean, replay_count, replay_lr, rewind, rollout_row, step_metrics, summary, to_entry
 from .sampler import Job, Rollout, text_ids
 from .verl_rollout import RunFailed, failure, stage
 from ..method.alarm import Collapsed, Watch
@@ -324,8 +324,9 @@ def replay(self:FeedbackGuidedDAPOTrainer, metrics:dict)->None:
     ranks, rng = self.run.hardware.nodes * self.run.hardware.gpus_per_node, rng_for(self.run.seed, "replay", step)
     if not len(self.replayer.buffer): return
     lr = replay_lr(t, step, self.run.train.steps)
-    for i in range(t.updates):
-        self.beat(f"replay {i + 1} of {t.updates}")
+    n = replay_count(t, len(self.replayer.buffer))
+    for i in range(n):
+        self.beat(f"replay {i + 1} of {n}")
         rows = [encode(self.tokenizer, x) for x in self.replayer.rows(rng, t.rows)]
         rows = rows[:len(rows) - len(rows) % ranks] # Every rank gets as many
         if not rows: continue

@@ -28,8 +28,12 @@ ARMS = dict( # Arm to label, colour, marker
     dapo_replay=("DAPO + replay (control)", "#E69F00", "s"),
     fg_plan=("FG as in the plan", "#56B4E9", "^"),
     fg_replay=("FG + replay", "#0057A8", "D"),
+    fg_full=("FG + replay, whole groups", "#6FA8DC", "d"),
+    fg_observed=("FG + replay, observed feedback", "#66A61E", "X"),
     fg_shuffled=("FG, shuffled feedback", "#CC79A7", "v"),
     fg_empty=("FG, empty feedback", "#009E73", "P"),
+    golf=("GOLF-like", "#A6761D", ">"),
+    sdpo_gated=("SDPO-like, gated", "#7570B3", "<"),
 )
 EXTRA = ("#D55E00", "#332288", "#882255", "#999933", "#44AA99", "#AA4499")
 
