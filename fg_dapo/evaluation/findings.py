@@ -11,7 +11,7 @@ __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'PLANNED', 'TOGETHER'
            'effect_figure', 'settings_of', 'changed_settings', 'change_words', 'reference_arm', 'differences',
            'difference_figure', 'ending_table', 'level_table', 'spent_table', 'ratio_table', 'group_table', 'points',
            'difference_table', 'failure_share_table', 'effect_table', 'removal', 'failure_change_table',
-           'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table', 'mean_curve', 'tenths',
+           'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table', 'judged_over', 'tenths',
            'tuned', 'tuning_table', 'ablated', 'planned_table']
 
 # %% ../../nbs/evaluation/50_findings.ipynb #17603aea
@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..config import read_yaml
 from . import plots
-from .metrics import (ablation_table, by_position, censored_ratio, check_protocol, cold_rate, eval_stream, guided_gap, mean_interval, paired, reach_of,
+from .metrics import (ablation_table, area, by_position, censored_ratio, check_protocol, cold_rate, eval_stream, guided_gap, mean_interval, paired, reach_of,
     reach_table, seed_interval, success_rate)
 from .plots import COMPANIES, INTERVALS, THRESHOLDS, arm_label, arm_styles, sort_arms
 from .report import LEDGER, Block, claim_value, flatten, num, pct, plural, ratio_text, reach_text, table, with_interval
@@ -685,10 +685,9 @@ def dead_groups_table(results)->Block:
     return table(["world", "arm", "seeds", "groups with a difference", "training tasks ever solved"], rows, f"Over all training steps; the second number is the mean over seeds at the end. In brackets: an interval over seeds, from two on. {note_of(results)}.")
 
 # %% ../../nbs/evaluation/50_findings.ipynb #cd94847a
-def mean_curve(result, kind:str="training")->float|None:
-    "Cold start on a kind of task, averaged over the evaluations during training."
-    got = [v for e in eval_stream(result.get("evals", [])) if (v := e.get(COMPANIES[kind][1])) is not None]
-    return float(np.mean(got)) if got else None
+def judged_over(family:str)->int: # Rollouts
+    "Over how many rollouts the tries of a family are compared: PROTOCOL.md says so."
+    return 1500 if family == "fg" else 3000
 
 def tenths(i:dict)->str: # '2.4% (1.9 to 2.9)'
     "A mean with its interval, to a tenth of a percent."
@@ -704,7 +703,7 @@ def tuned(results, kind:str="training")->list[dict]: # family, arm, words, seeds
         for family, members in families.items():
             members = [a for _, a in sorted(members)]
             rows = [dict(world=world, family=family, arm=a, words=change_words(arms[a][0], arms[members[0]][0]) if a != members[0] else "the settings of arms.yaml", seeds=len(arms[a]),
-                value=seed_interval([mean_curve(r, kind) for r in arms[a]])) for a in members]
+                value=seed_interval([area(r, judged_over(family), companies=kind) for r in arms[a]])) for a in members]
             best = max((r["value"]["mean"] for r in rows if r["value"]["mean"] is not None), default=None)
             out += [dict(r, chosen=best is not None and r["value"]["mean"] == best) for r in rows]
     return out
@@ -714,7 +713,7 @@ def tuning_table(results, kind:str="training")->Block:
     rows = tuned(results, kind)
     return table(["world", "family", "setting", "what differs from the first", "seeds", "mean cold start", "highest"],
         [[r["world"], r["family"], r["arm"], r["words"], r["seeds"], tenths(r["value"]), "yes" if r["chosen"] else ""] for r in rows],
-        f"Cold start on {kind_words(kind)}, mean over the evaluations of a run. In brackets: {interval_words([r['value'] for r in rows])}. {note_of(results)}.")
+        f"Cold start on {kind_words(kind)}, mean over the first 3,000 rollouts, of fg the first 1,500 (area under the curve). In brackets: {interval_words([r['value'] for r in rows])}. {note_of(results)}.")
 
 # %% ../../nbs/evaluation/50_findings.ipynb #2f695b47
 PLANNED = { # Ablation to its setting and the values that were planned
