@@ -84,6 +84,7 @@ class TransferConfig(Section):
     reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
+    oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")
     warmup_steps:int = Field(20, ge=0, description="Training steps over which the replay learning rate grows to its value")
     schedule:Literal["constant", "cosine"] = Field("constant", description="Replay learning rate after that: constant | cosine (falls to 0 at train.steps)")
@@ -203,6 +204,8 @@ def conflicts(
          f"transfer.mode {mode!r} is a part of the policy gradient, so with weight 0 nothing is trained; set it above 0, or use replay or gated")
     rule(fb.enable and fb.guided_share > 0 and fb.start_rollout < 2 and mode == "shaped", ("algorithm.transfer.mode", f"{top}.start_rollout", f"{top}.enable", f"{top}.guided_share"),
          f"'shaped' takes mean and deviation from the plain rows of a group, and one row has none; set {top}.start_rollout to 2 or more")
+    rule(c.algorithm.transfer.oracle and (mode != "replay" or not c.algorithm.transfer.reexecute), ("algorithm.transfer.oracle", "algorithm.transfer.mode", "algorithm.transfer.reexecute"),
+         "the right plans are there to be replayed; set transfer.mode to replay and transfer.reexecute to true")
     return out + (_verl_conflicts(c) if c.engine == "verl" else [])
 
 def _verl_conflicts(c):
@@ -221,6 +224,7 @@ def _verl_conflicts(c):
     rule(fb.enable and fb.content != "real", ("algorithm.feedback_guidance.content", "algorithm.feedback_guidance.enable"),
          f"the verl engine shows real feedback only, not {fb.content!r}; set it to real, or use engine: local")
     rule(mode == "replay" and c.algorithm.transfer.optimizer != "adamw", ("algorithm.transfer.optimizer", "algorithm.transfer.mode"), f"the verl engine replays with verl's own AdamW, not {c.algorithm.transfer.optimizer!r}; set it to adamw, or use engine: local")
+    rule(c.algorithm.transfer.oracle, ("algorithm.transfer.oracle",), "the verl engine does not start from right plans; use engine: local")
     rule(mode in ("shaped", "gated"), ("algorithm.transfer.mode",), f"the verl engine has none, replay and strip, not {mode!r}; use one of them, or engine: local")
     cpu = "device 'cpu' is for tests: "
     rule(h.device == "cpu" and h.tensor_parallel > 1, ("hardware.tensor_parallel", "hardware.device"), cpu + "set tensor_parallel to 1")

@@ -309,14 +309,18 @@ ARMS = ROOT / "experiments/configs/arms.yaml"
 def test_the_arms_differ_in_what_they_are_about():
     arms = load_arms(ARMS)
     def kind(c): return c.algorithm.feedback_guidance.enable, c.algorithm.feedback_guidance.content, c.algorithm.transfer.mode
-    assert {k: kind(c) for k, c in arms.items()} == dict(dapo=(False, "real", "none"), dapo_replay=(False, "real", "replay"), fg_plan=(True, "real", "none"), fg_replay=(True, "real", "replay"),
-        fg_shuffled=(True, "shuffled", "replay"), fg_empty=(True, "empty", "replay"), golf=(True, "real", "shaped"), sdpo_gated=(True, "real", "gated"))
+    assert {k: kind(c) for k, c in arms.items()} == dict(dapo=(False, "real", "none"), dapo_replay=(False, "real", "replay"), fg_plan=(True, "real", "none"), fg_replay=(True, "real", "replay"), fg_full=(True, "real", "replay"),
+        fg_shuffled=(True, "shuffled", "replay"), fg_empty=(True, "empty", "replay"), golf=(True, "real", "shaped"), sdpo_gated=(True, "real", "gated"), oracle=(False, "real", "replay"))
     def value(c, key):
         for part in key.split("."): c = getattr(c, part)
         return c
-    for key in set(keys()) - {"arm", "algorithm.feedback_guidance.enable", "algorithm.feedback_guidance.content", "algorithm.transfer.mode"}: assert len({str(value(c, key)) for c in arms.values()}) == 1, key
-    demo = load_arms(ROOT / "experiments/configs/demo.yaml")
-    assert load_arms(ARMS, names=list(demo)) == demo
+    def differ(*names): return {k for k in keys() if k != "arm" and len({str(value(arms[a], k)) for a in names}) > 1}
+    fb = "algorithm.feedback_guidance."
+    groups = {fb + "start_rollout", fb + "wave_sizes", fb + "stop_after_successes", "train.tasks_per_step"}
+    assert differ("dapo_replay", "fg_replay") == {fb + "enable"} and differ("fg_replay", "fg_shuffled", "fg_empty") == {fb + "content"} # The control and the controls
+    assert differ("fg_full", "fg_plan", "golf", "sdpo_gated") == {"algorithm.transfer.mode"} and differ("fg_replay", "fg_full") == groups
+    assert differ("dapo", "fg_plan") - groups == {fb + "enable"} and arms["dapo"].algorithm.feedback_guidance.stop_after_successes is None
+    assert differ("oracle", "dapo_replay") == {"algorithm.transfer.oracle", "algorithm.pg_weight", fb + "stop_after_successes", "train.tasks_per_step", "train.rollouts"}
 
 @pytest.mark.parametrize("override, says", [("algorithm.feedback_guidance.content=shuffled", "algorithm.feedback_guidance.content: the verl engine shows real feedback only, not 'shuffled'; set it to real, or use engine: local"),
     ("algorithm.feedback_guidance.content=empty", "not 'empty'"), ("algorithm.transfer.mode=shaped", "algorithm.transfer.mode: the verl engine has none, replay and strip, not 'shaped'; use one of them, or engine: local"), ("algorithm.transfer.mode=gated", "not 'gated'")])

@@ -7,7 +7,7 @@ import torch
 
 from fg_dapo.agent.chat import agent_turns, chat_format
 from fg_dapo.agent.scripted import best_plan
-from fg_dapo.config import TransferConfig, load_config
+from fg_dapo.config import ConfigError, TransferConfig, load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
 from fg_dapo.engines import local
 from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_count, replay_lr, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
@@ -384,3 +384,8 @@ def test_few_successes_are_not_replayed_more_often_than_asked(small, tmp_path):
     r = Trainer(load_config(None, [*small, "algorithm.transfer.updates=5", "algorithm.transfer.rows=2", "algorithm.transfer.passes=2"]), tmp_path / "r")
     for s in r.scenarios[:3]: r.replayer.buffer.add(entry_of(s))
     assert replay_updates(r.model, r.opt, r.replayer, r.tok, 0, r.config)["updates"] == 3
+
+def test_the_oracle_starts_with_plans_that_all_work(small, tmp_path):
+    t = Trainer(load_config(None, [*small, "algorithm.transfer.oracle=true"]), tmp_path / "r")
+    assert set(t.replayer.buffer.tasks) == {s.task.id for s in t.scenarios} and len(t.replayer.rows(rng_for(0, "t"), 60)) == 60
+    with pytest.raises(ConfigError, match="the right plans are there to be replayed"): load_config(None, [*small, "algorithm.transfer.oracle=true", "algorithm.transfer.mode=none"])

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..agent.chat import chat_format
 from ..agent.episode import Limits
-from ..agent.scripted import plan_of
+from ..agent.scripted import best_plan, follow, plan_of, play
 from ..config import RunConfig
 from ..core import RunDir, append_jsonl, open_run, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl
 from .sampler import Job, Rollout, Sampler, shown, text_ids
@@ -346,6 +346,11 @@ class Replayer:
         self.scenarios, self.transfer, self.chat, self.names = scenarios, config.algorithm.transfer, chat, names
         self.buffer = ReplayBuffer(self.transfer.capacity, "shortest_per_task" if self.transfer.reexecute else "all")
         self.reexecuted = 0
+    def fill(self)->None:
+        "Put the right plan of every task into the buffer. It comes from the hidden rules: what replay reaches with it is a limit."
+        for s in self.scenarios.values():
+            episode = play(follow(best_plan(s), s.company.name), s)
+            self.buffer.add(plan_entry(s.task.id, plan_of(episode), episode.desk.unavailable))
     def rows(self, rng, k:int)->list[Transcript]: # Fewer when a plan fails on its new user
         "Transcripts to train on."
         return [t for e in self.buffer.sample(rng, k) if (t := self.row(rng, e)) is not None]
@@ -600,6 +605,7 @@ class Trainer:
         self.scenarios = self.world.scenarios("train")
         self.sampler = make_sampler(self.model, self.tok, self.world, config, config.train.temperature, min(128, config.train.tasks_per_step * config.train.rollouts))
         self.replayer = Replayer({s.task.id: s for s in self.scenarios}, config, self.sampler.chat, {c.name for c in self.world.companies.values()})
+        if config.algorithm.transfer.oracle: self.replayer.fill()
         self.generate, fb = make_generator(config, self.count), config.algorithm.feedback_guidance
         self.control = ControlFeedback(fb.content, config.seed, fb.max_feedback_tokens, self.count) if fb.enable and fb.content != "real" else None
         if done := checkpoints(self.run):

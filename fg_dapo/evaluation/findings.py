@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..config import read_yaml
+from ..config import RunConfig, read_yaml
 from . import plots
 from .metrics import (ablation_table, area, by_position, censored_ratio, check_protocol, cold_rate, eval_stream, guided_gap, mean_interval, paired, reach_of,
     reach_table, seed_interval, success_rate)
@@ -106,7 +106,7 @@ def invented_result(
         for k in key.split(".")[:-1]: at = at[k]
         at[key.split(".")[-1]] = v
     return dict(format=1, name=f"{world}-{arm}-s{seed}", digest="0" * 12, purpose=purpose, policy="1" * 12, world_files="2" * 12, world=dict(name=world, kind=kind, seed=int(number)), arm=arm,
-        seed=seed, git_commit="abc", versions=dict(python="3"), config=settings, ceiling=dict(training=0.9, heldout=0.8), ledger=ledger, wall_seconds=dict(train=100.0, evaluate=20.0),
+        seed=seed, git_commit="abc", versions=dict(python="3"), config=settings, ceiling=dict(training=0.9, training_known=0.9, heldout=0.8), ledger=ledger, wall_seconds=dict(train=100.0, evaluate=20.0),
         evals=evals, steps=dict(step=steps, acc_by_position=[[y, min(1, y + 0.3)] if guided else [y, y] for y in np.linspace(0.1, 0.6, len(steps))],
             acc_cold=[0.1 + 0.02 * s for s in steps], acc_guided=[0.6 if guided else None for _ in steps], groups=[16] * len(steps), groups_kept=[4] * len(steps), solved_tasks=steps),
         final=[dict(mode="cold", temperature=1.0, acc=solved / 10), dict(mode="feedback", temperature=1.0, acc=min(10, solved + 1) / 10, acc_first=solved / 10)], cells=dict(cold=cells(solved), greedy=cells(solved), feedback=cells(1)),
@@ -465,8 +465,9 @@ def effect_figure(results)->Figure|None: # `None` without an evaluation with fee
 APART = ("arm", "seed", "data.", "evaluation.", "hardware.", "train.log", "train.checkpoint_every", "train.threads", "policy.checkpoint") # What does not tell two arms apart
 
 def settings_of(result)->dict[str, str]: # Dotted key to value
-    "The settings that can make an arm what it is."
-    return {k: v for k, v in flatten(result.get("config") or {}).items() if not k.startswith(APART)}
+    "The settings that can make an arm what it is; one that is newer than the result is what it is by default."
+    config = result.get("config")
+    return {k: v for k, v in (flatten(RunConfig().model_dump(mode="json")) | flatten(config)).items() if not k.startswith(APART)} if config else {}
 
 def changed_settings(
     result, # Of the one arm
