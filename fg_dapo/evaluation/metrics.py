@@ -297,7 +297,7 @@ def cold_rate(
     result:dict,
     companies:str|None="training", # seen, training, heldout, or `None` for all
     levels=None, # Levels as numbers; `None` takes all
-    mode:str="cold", # cold (temperature 1), greedy, or feedback (after one round of it)
+    mode:str="cold", # cold (temperature 1), greedy, or feedback (second attempts of tasks that failed, after feedback)
 )->float|None: # `None` where there is no such episode
     "Success of the last checkpoint."
     cells = result.get("cells", {}).get(mode, {})
