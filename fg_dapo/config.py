@@ -136,6 +136,7 @@ class AlarmConfig(Section):
     window:Count = Field(5, description="Latest steps that are judged, by their median")
     reference:Count = Field(10, description="First steps of the run, which they are compared with")
 
+# %% ../nbs/05_config.ipynb #85e78693
 class TrainConfig(Section):
     "How long to train, on how much a step, and what is kept."
     steps:Count = Field(40, description="Training steps")

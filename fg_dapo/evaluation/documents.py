@@ -330,7 +330,7 @@ def related_words(evidence:Evidence)->list[str]:
 METHOD = (
     "In a group of rollouts of one task, the first are sampled plain. Failures are diagnosed from the episode and put into words; later rollouts of the same group read them in their prompt.",
     "All rows are trained with DAPO as they were sampled. Successes found with feedback are replayed under the plain prompt: their plan is executed again with a freshly drawn user, and some rows carry an unused company name.",
-    "Controls: the matched control replays its own successes with the same number of updates and the same helps; shuffled feedback comes from tasks of other companies; empty feedback has the same length and says nothing.")
+    "Controls: the matched control replays its own successes with the same helps, in the groups and with the replay settings that its own tuning chose; shuffled feedback comes from tasks of other companies; empty feedback has the same length and says nothing.")
 
 def outline_page(ev:Evidence)->list[Section]:
     "A draft outline of a paper, every number from result files."
@@ -400,6 +400,7 @@ def write_document(
     atomic_write(Path(root) / path, render(path, page))
     return [path, *(f"figures/{b.name}.png" for b in figures_of(page))]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #7ae4eb83
 class Face:
     "A block as a notebook shows it."
     def __init__(self, block:Block): self.block = block
@@ -460,6 +461,7 @@ def _sorted(x):
     if isinstance(x, dict): return {k: _sorted(x[k]) for k in sorted(x)}
     return [_sorted(v) for v in x] if isinstance(x, list) else x
 
+# %% ../../nbs/evaluation/60_documents.ipynb #50affeab
 def parameters_of(notebook:dict)->dict[str, str]: # Name to default
     "The parameters of a notebook."
     source = next((c["source"] for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])), "")
