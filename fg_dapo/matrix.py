@@ -10,7 +10,8 @@ __all__ = ['PURPOSES', 'KEYS', 'DEFAULTS', 'STEP_KEYS', 'CURVE_KEYS', 'MAX_STEPS
 
 # %% ../nbs/88_matrix.ipynb #f43f2fd7
 import hashlib, json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 from .config import ConfigError, RunConfig, check_config, dump, merge, nearest, read_yaml
@@ -28,6 +29,7 @@ class World:
     seed:int # Of the generator
     kind:str # A key of `KINDS`
     arms:tuple[str, ...] # That run in it
+    own:dict[str, dict] = field(default_factory=dict, compare=False) # By arm: what it changes in this world
     @property
     def name(self)->str: return f"{self.kind}-{self.seed}"
 
@@ -54,7 +56,12 @@ def _worlds(raw, arms, errors)->list[World]:
         kind, some = w.get("kind", "standard"), w.get("arms") or list(arms)
         if kind not in KINDS: errors.append(f"{where}.kind: no kind of world {kind!r}; there are {', '.join(KINDS)}")
         errors += [f"{where}.arms: unknown arm {a!r}; the nearest is {nearest(str(a), arms)[0]!r}" for a in some if a not in arms]
-        out.append(World(w["seed"], kind, tuple(a for a in arms if a in some)))
+        own = {a: v for a, v in some.items() if v and a in arms} if isinstance(some, dict) else {}
+        for a, v in own.items():
+            if bad := [k for k in ("seed", "data") if k in v]: errors.append(f"{where}.arms.{a}: {bad[0]}: the matrix sets it; leave it to `seeds` and `worlds`")
+            try: check_config(merge(arms[a].model_dump(mode="json"), v))
+            except ConfigError as e: errors += [f"{where}.arms.{a}: {x}" for x in e.errors]
+        out.append(World(w["seed"], kind, tuple(a for a in arms if a in some), own))
     if not out and not errors: errors.append("worlds: needs at least one, such as {seed: 100, kind: standard}")
     if len({w.name for w in out}) < len(out): errors.append("worlds: the same world is there twice")
     return out
@@ -96,7 +103,7 @@ def load_matrix(
     if tasks is not None and not (_ints([tasks]) and tasks): errors.append(f"eval_tasks: a number from 1, or null (got {tasks!r})")
     if not isinstance(greedy, bool): errors.append(f"greedy: true or false (got {greedy!r})")
     arms = _arms(raw, path, errors)
-    worlds = _worlds(raw.get("worlds"), list(arms), errors) if arms else []
+    worlds = _worlds(raw.get("worlds"), arms, errors) if arms else []
     if errors: raise ConfigError([f"{path}: {e}" for e in dict.fromkeys(errors)])
     m = Matrix(path, raw["purpose"], arms, tuple(raw["seeds"]), tuple(worlds), greedy, tasks)
     refuse_shared_worlds(m)
@@ -188,8 +195,8 @@ def make_jobs(
     for seed in m.seeds:
         for w in m.worlds:
             for arm in w.arms:
-                c = m.arms[arm]
-                c = check_config(merge(c.model_dump(mode="json"), dict(seed=seed, data=dict(folder=str(out / "worlds" / w.name)))))
+                layers = w.own.get(arm, {}), dict(seed=seed, data=dict(folder=str(out / "worlds" / w.name)))
+                c = check_config(reduce(merge, layers, m.arms[arm].model_dump(mode="json")))
                 digest, policy = settings_digest(c, worlds[w], policies[c.policy.checkpoint], final), policies[c.policy.checkpoint]
                 jobs.append(MatrixJob(c, out, m.eval_tasks, w, digest, (("purpose", m.purpose), ("policy", policy), ("world_files", worlds[w])), m.greedy))
     for j in jobs:

@@ -282,6 +282,8 @@ def test_a_long_run_still_makes_a_small_file(bench):
     ("{{seed: 100}}", "{{seed: 100}}, {{seed: 100}}", "the same world is there twice"),
     ("{{seed: 100}}", "{{kind: easy}}", "needs a seed"),
     ("{{seed: 100}}", "{{seed: 100, arms: [golf]}}", "unknown arm 'golf'"),
+    ("{{seed: 100}}", "{{seed: 100, arms: {{dapo: {{train: {{step: 3}}}}}}}}", "worlds.0.arms.dapo: unknown key 'train.step'"),
+    ("{{seed: 100}}", "{{seed: 100, arms: {{dapo: {{seed: 3}}}}}}", "leave it to `seeds`"),
     ("{{steps: {steps}}}", "{{step: 3}}", "'train.steps'"),
     ("{{checkpoint: model}}}}", "{{checkpoint: model}}, seed: 3}}", "leave it to `seeds`"),
 ])
@@ -547,10 +549,14 @@ def test_the_protocols_thresholds_are_the_issues():
     assert not c["cold_seen"].get("of_ceiling")
     assert c["position_8"]["at_least"] == .4 and c["two_hours"]["at_most"] == 2 and [c[f"plan_{n}x"]["at_least"] for n in (2, 5, 10)] == [2, 5, 10]
 
-def test_only_the_budget_is_left_open():
-    text = (EXPERIMENTS / "PROTOCOL.md").read_text()
-    lines = [x for x in text.splitlines() if "to be fixed before the confirming run" in x]
-    assert len(lines) == 2 and "Number of steps" in lines[1]
+def test_the_budgets_of_the_protocol_are_those_of_the_matrix():
+    text, m = (EXPERIMENTS / "PROTOCOL.md").read_text(), load_matrix(EXPERIMENTS / "configs/matrix_confirm.yaml")
+    told = {a: tuple(map(int, row[1:3])) for line in text.splitlines() if (row := [x.strip() for x in line.strip("|").split("|")])[0].startswith("`") and len(row) == 5
+        for a in re.findall(r"`(\w+)`", row[0])}
+    assert told == {a: (c.train.steps, c.train.tasks_per_step) for a, c in m.arms.items()}
+    easy = next(w for w in m.worlds if w.kind == "easy")
+    assert {a: v["train"]["steps"] for a, v in easy.own.items()} == dict(dapo=20, dapo_replay=6, fg_replay=8)
+    assert "In the easy world `dapo` has 20 steps, the control 6 and ours 8." in text and f"first {m.eval_tasks} tasks" in text and "to be fixed" not in text
 
 def test_the_report_shows_every_criterion():
     p = read_yaml((EXPERIMENTS / "protocol.yaml").read_text())
