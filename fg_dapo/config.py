@@ -146,6 +146,7 @@ class TrainConfig(Section):
     checkpoint_every:Count = Field(10, description="Steps between checkpoints; the last step always has one")
     eval_every:int = Field(5, ge=0, description="Steps between evaluations on validation tasks; 0 never")
     eval_tasks:Count = Field(100, description="Validation tasks of such an evaluation")
+    eval_samples:Count = Field(1, description="Episodes a task in such an evaluation")
     sample_groups:int = Field(2, ge=0, description="Groups a step whose transcripts are kept for reading")
     threads:Count|None = Field(None, description="CPU threads of torch; null leaves torch's choice")
     log:tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = Field(("jsonl",), description="Where metrics go; jsonl is always written")

@@ -670,9 +670,9 @@ def evaluate(self:Trainer)->dict:
     e, tr = self.config.evaluation, self.config.train
     scenarios = self.world.scenarios("val")[:tr.eval_tasks]
     sampler = make_sampler(self.model, self.tok, self.world, self.config, e.temperature)
-    samples, seen = (play_tasks(sampler, some, seed_for(self.config.seed, "eval", self.step), e.samples) for some in (scenarios, seen_scenarios(self.world, "val", len(scenarios))))
+    samples, seen = (play_tasks(sampler, some, seed_for(self.config.seed, "eval", self.step), tr.eval_samples) for some in (scenarios, seen_scenarios(self.world, "val", len(scenarios))))
     return dict(step=self.step, tasks=self.tasks, rollouts=self.ledger.rollouts, tokens=self.ledger.tokens, seconds=self.ledger.seconds, split="val", mode="cold",
-        temperature=e.temperature, k=e.samples, **summary(samples, seen))
+        temperature=e.temperature, k=tr.eval_samples, **summary(samples, seen))
 
 # %% ../../nbs/engines/20_local.ipynb #1192e4bd
 def train(

@@ -343,7 +343,7 @@ def _validate(self:FeedbackGuidedDAPOTrainer)->dict:
     e = self.run.evaluation
     samples = sorted(self.val_samples.values(), key=lambda s: (s.rollout.job.scenario.task.id, s.position))
     l = self.ledger
-    row = dict(step=self.global_steps, tasks=self.taken, rollouts=l.rollouts, tokens=l.tokens, seconds=l.seconds, split="val", mode="cold", temperature=e.temperature, k=e.samples, **summary(samples))
+    row = dict(step=self.global_steps, tasks=self.taken, rollouts=l.rollouts, tokens=l.tokens, seconds=l.seconds, split="val", mode="cold", temperature=e.temperature, k=self.run.train.eval_samples, **summary(samples))
     append_jsonl(self.dir / "evals.jsonl", row)
     return metrics | {f"fg/val/{k}": v for k, v in flat(row).items()}
 

@@ -39,7 +39,7 @@ def _data(c):
         "data.custom_cls.path": "pkg://fg_dapo.engines.verl_tools", "data.custom_cls.name": "CustomerServiceDataset",
         "data.fg_dapo": dict(chat=c.policy.chat, detail=c.algorithm.feedback_guidance.detail,
             limits=dict(tool_calls=l.tool_calls, spare_phone_calls=l.spare_phone_calls, multi_turn=l.multi_turn)),
-        "actor_rollout_ref.rollout.val_kwargs.n": e.samples, "actor_rollout_ref.rollout.val_kwargs.temperature": e.temperature,
+        "actor_rollout_ref.rollout.val_kwargs.n": c.train.eval_samples, "actor_rollout_ref.rollout.val_kwargs.temperature": e.temperature,
         "actor_rollout_ref.rollout.val_kwargs.do_sample": e.temperature > 0,
         "actor_rollout_ref.rollout.agent.default_agent_loop": "customer_service",
         "actor_rollout_ref.rollout.agent.agent_loop_manager_class": "fg_dapo.engines.verl_rollout.GuidedManager",

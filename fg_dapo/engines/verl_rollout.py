@@ -183,7 +183,7 @@ class GuidedWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
         c, index = here.config, int(prompt.pop("group", 0))
         fb, tok = c.algorithm.feedback_guidance, self.tokenizer
         guided = bool(prompt.pop("guided", False)) and not validate
-        n = c.evaluation.samples if validate else c.train.rollouts
+        n = c.train.eval_samples if validate else c.train.rollouts
         waves = plan_waves(n, fb.start_rollout, fb.wave_sizes) if fb.enable and not validate else (tuple(range(n)),)
         group = Group(index, n, guided, waves, None if validate else fb.stop_after_successes)
         def tokens(text): return len(text_ids(tok, text))
