@@ -3,6 +3,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from hypothesis import given, settings, strategies as st
 from fg_dapo.method.groups import Group, Ledger, choose_guided, plan_waves
 from fg_dapo.method.objective import BASELINES, dapo_loss, filter_counts, group_advantages, importance_weights, keep_groups, overlong_penalty, replay_loss, token_logp
 from fg_dapo.agent.scripted import Plan
+from fg_dapo.core import rng_for
+from fg_dapo.method.diagnosis import diagnose
+from fg_dapo.method.explorer import Known, attempts
+from fg_dapo.method.feedback import visible
+from fg_dapo.world.generate import random_scenario
 from fg_dapo.method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_entry
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=100, database=None)
@@ -338,3 +344,29 @@ def test_drop_name_is_whole_and_case_sensitive():
 def test_importing_groups_and_replay_needs_no_torch():
     code = "import sys, fg_dapo.method.groups, fg_dapo.method.replay; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+# --- the explorer ---
+
+ANSWER = dict(path=(), phones={}, fields={}, required_fields=(), missing=(), alternatives={})
+
+@repeatable
+@given(st.integers(0, 2**32))
+def test_the_explorer_learns_what_was_observed_and_nothing_else(seed):
+    scenario = random_scenario(rng_for(seed, "task"))
+    tries = attempts(scenario, rng_for(seed, "guess"), 12)
+    assert [str(p) for p, _ in tries] == [str(p) for p, _ in attempts(scenario, rng_for(seed, "guess"), 12)]
+    assert all(not e.success for _, e in tries[:-1]) and (tries[-1][1].success or len(tries) == 12)
+    known = Known()
+    for (plan, episode), (then, _) in zip(tries, tries[1:]):
+        facts = visible(diagnose(episode), "observed")
+        assert facts == visible(replace(diagnose(episode), **ANSWER), "observed") # No answer in it
+        known.learn(facts)
+        assert not set(known.path) & known.out and len(known.path) == len(set(known.path))
+        assert set(known.wants) <= {d.name for d in scenario.company.departments}
+        assert all(w == scenario.company.department(d).auth_fields for d, w in known.wants.items())
+
+def test_eight_attempts_are_enough_for_nearly_every_task_of_random_companies():
+    rng = rng_for(3, "tasks")
+    tries = [attempts(random_scenario(rng), rng) for _ in range(300)]
+    solved = [len(t) for t in tries if t[-1][1].success]
+    assert len(solved) > 295 and sum(solved) / len(solved) < 4
