@@ -10,7 +10,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def raw_policy(tmp_path_factory):
     from fg_dapo.policy import WarmStart, warmstart
-    recipe = WarmStart(copy_steps=2, steps=4, hedged_steps=2, rows=4, copy_rows=4, tokenizer_texts=400, eval_every=100)
+    recipe = WarmStart(copy_steps=2, steps=4, hedged_steps=2, explored_steps=2, rows=4, copy_rows=4, tokenizer_texts=400, eval_every=100)
     return warmstart(tmp_path_factory.mktemp("policy") / "raw", recipe=recipe, progress=False)
 
 @pytest.fixture(scope="session")

@@ -239,12 +239,15 @@ def test_replay_rows_are_plain_fresh_and_sometimes_under_another_name(small, tmp
     c = load_config(None, [*small, "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.guided_rows=0.25"])
     t = Trainer(c, tmp_path / "r")
     s = next(s for s in t.scenarios if s.task.level == 3)
-    t.replayer.buffer.add(entry_of(s, feedback="1: Billing wants: pin."))
+    first = s.company.departments[0]
+    t.replayer.buffer.add(entry_of(s, feedback=f"1: Right order: {first.name} {first.phone}: pin."))
     rows = t.replayer.rows(rng_for(0, "t"), 200)
     assert len(rows) == 200 == t.replayer.reexecuted
     guided, other = [("<|feedback|>" in r.prompt) for r in rows], [s.company.name not in str(r) for r in rows]
     assert 25 < sum(guided) < 75 and 70 < sum(other) < 130
     assert len({str(r) for r in rows}) > 190 # Fresh users
+    numbers = {d.phone for d in s.company.departments}
+    assert all(any(n in str(r) for n in numbers) != o for r, o in zip(rows, other)) # Another name has other numbers, in the feedback too
     assert all(r.turns[-1][0].startswith("call ") for r in rows)
 
 def test_replay_without_reexecution_keeps_what_was_written(small, tmp_path):

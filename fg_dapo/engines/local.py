@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Sample', 'task_order', 'collect', 'conditions', 'judge', 'sample_step', 'forward_logp', 'piece_size', 'pieces',
            'TrainingRow', 'stripped', 'training_rows', 'row_loss', 'TaughtRow', 'taught_rows', 'policy_logits',
-           'taught_loss', 'policy_gradient', 'to_entry', 'Replayer', 'served', 'reworded', 'renamed', 'replay_lr',
-           'replay_count', 'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary', 'step_metrics',
-           'save_checkpoint', 'checkpoints', 'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt', 'make_sampler',
-           'Trainer', 'train']
+           'taught_loss', 'policy_gradient', 'to_entry', 'Replayer', 'served', 'reworded', 'renamed', 'as_at',
+           'replay_lr', 'replay_count', 'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary',
+           'step_metrics', 'save_checkpoint', 'checkpoints', 'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt',
+           'make_sampler', 'Trainer', 'train']
 
 # %% ../../nbs/engines/20_local.ipynb #ce5c60d3
-import dataclasses, math, os, resource, shutil, signal, sys, time
+import dataclasses, math, os, re, resource, shutil, signal, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ..method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_ent
 from ..method.reward import result_of
 from ..policy import MuonAdam, Transcript, adam, encode, load_policy, masked_logp, pad_rows, save_policy, set_lr, transcribe
 from ..world.directory import CompanyDirectory
-from ..world.generate import random_name, random_user, request_text, seen_scenarios
+from ..world.generate import department_phones, random_name, random_user, request_text, seen_scenarios
 from ..world.records import Scenario, World, load_world
 
 # %% ../../nbs/engines/20_local.ipynb #6c253657
@@ -357,16 +357,12 @@ class Replayer:
     def row(self, rng, entry:Entry)->Transcript|None:
         s, p = self.scenarios[entry.task_id], entry.payload
         feedback = p["feedback"] if rng.random() < self.transfer.guided_rows else ""
-        other = self.unused(rng, s) if rng.random() < self.transfer.name_dropout else None
-        if other: feedback = drop_name(feedback, s.company.name, other)
-        if not self.transfer.reexecute:
-            prompt, turns = self.chat.prompt(s.task.request), p["turns"]
-            if other: prompt, turns = drop_name([prompt, turns], s.company.name, other)
-            if feedback: prompt = self.chat.prompt(drop_name(s.task.request, s.company.name, other) if other else s.task.request, feedback)
-            return Transcript(prompt, tuple(map(tuple, turns)))
+        home = s
+        if rng.random() < self.transfer.name_dropout: s = renamed(s, self.unused(rng, s), rng)
+        feedback = as_at(feedback, home, s)
+        if not self.transfer.reexecute: return Transcript(self.chat.prompt(s.task.request, feedback), tuple(map(tuple, as_at(p["turns"], home, s))))
         self.reexecuted += 1
         if self.transfer.reword: s = reworded(s, rng)
-        if other: s = renamed(s, other)
         s = dataclasses.replace(s, user=random_user(rng, lacks=tuple(p["lacks"])))
         episode, transcript = transcribe(entry_plan(entry), s, self.chat, feedback)
         return transcript if served(episode) else None
@@ -383,10 +379,25 @@ def reworded(s:Scenario, rng)->Scenario:
     "The same task, asked for in other words."
     return dataclasses.replace(s, task=dataclasses.replace(s.task, request=request_text(rng, s.task.request_type, s.company.name)))
 
-def renamed(s:Scenario, name:str)->Scenario:
-    "The same task at a company of another name."
-    task = dataclasses.replace(s.task, company_name=name, request=drop_name(s.task.request, s.company.name, name))
-    return dataclasses.replace(s, task=task, company=dataclasses.replace(s.company, name=name))
+def renamed(s:Scenario, name:str, rng)->Scenario:
+    "The same task at a company of another name and other numbers, so that nothing tells which company it was."
+    phones = dict(zip((d.name for d in s.company.departments), department_phones(rng, [len(s.company.departments)])[0]))
+    truth = dataclasses.replace(s.task.ground_truth, phones=tuple(phones[d] for d in s.task.ground_truth.path))
+    task = dataclasses.replace(s.task, company_name=name, request=drop_name(s.task.request, s.company.name, name), ground_truth=truth)
+    departments = tuple(dataclasses.replace(d, phone=phones[d.name]) for d in s.company.departments)
+    return dataclasses.replace(s, task=task, company=dataclasses.replace(s.company, name=name, departments=departments))
+
+def as_at(
+    text, # What was said at `home`: text, or lists of texts
+    home:Scenario,
+    there:Scenario, # The same, or `renamed`
+): # Of the same shape
+    "What was said at one company, with the name and the numbers of the other."
+    if home is there: return text
+    numbers = {a.phone: b.phone for a, b in zip(home.company.departments, there.company.departments)}
+    known = re.compile("|".join(map(re.escape, numbers)))
+    def swap(x): return known.sub(lambda m: numbers[m[0]], x) if isinstance(x, str) else type(x)(map(swap, x))
+    return swap(drop_name(text, home.company.name, there.company.name))
 
 # %% ../../nbs/engines/20_local.ipynb #3d33e4fe
 def replay_lr(

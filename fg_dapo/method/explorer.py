@@ -7,7 +7,7 @@ __all__ = ['Known', 'next_plan', 'explore', 'attempts']
 
 # %% ../../nbs/method/27_explorer.ipynb #2950c0ae
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from ..agent.episode import Episode, Turn
@@ -56,8 +56,9 @@ def next_plan(
     known:Known,
     rng:random.Random, # For guesses
     departments:list[str], # Of the company
+    failed:Collection[Plan]=(), # What was tried
 )->Plan:
-    "What to try next."
+    "What to try next. A plan that would be one of `failed` has a wrong department in front, which `known` then knows too."
     names = known.path or [rng.choice([d for d in departments if d not in known.out] or departments)]
     calls = []
     for d in names:
@@ -67,7 +68,10 @@ def next_plan(
             fields = rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3)))) if len(names) == 1 else ()
         calls.append((d, in_order(known.instead.get((d, f), f) if f in known.lacks else f for f in fields)))
     hopeless = [f for d in names for f in known.wants.get(d, ()) if f in known.lacks and (d, f) not in known.instead] # To be asked for before the user is told of it
-    return Plan(in_order([f for _, fields in calls for f in fields] + hopeless) or ("full_name",), tuple(calls))
+    plan = Plan(in_order([f for _, fields in calls for f in fields] + hopeless) or ("full_name",), tuple(calls))
+    if plan not in failed or not known.path: return plan
+    known.drop(names[0])
+    return next_plan(known, rng, departments, failed)
 
 def explore(
     plan:Plan,
@@ -100,15 +104,11 @@ def attempts(
     n:int=8, # At most
 )->list[tuple[Plan, Episode]]: # In order; the last one succeeded, or there are `n`
     "Try until it works, each time with what the times before revealed."
-    known, out, names, last = Known(), [], [d.name for d in scenario.company.departments], None
+    known, out, names = Known(), [], [d.name for d in scenario.company.departments]
     while len(out) < n:
-        plan = next_plan(known, rng, names)
-        if plan == last and known.path:
-            known.drop(known.path[0])
-            plan = next_plan(known, rng, names)
+        plan = next_plan(known, rng, names, [p for p, _ in out])
         episode = play(explore(plan, scenario.company.name), scenario)
         out.append((plan, episode))
         if episode.success: break
-        last = plan
         known.learn(visible(diagnose(episode), "observed"))
     return out
