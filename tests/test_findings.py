@@ -110,6 +110,8 @@ def test_tuning_by_hand(): # From 0.1 at the start to c after 256 rollouts, and 
     t = tuning_table([*rs, invented_result("golf")])
     assert [r[1:] for r in t.rows[:3]] == [("dapo", "dapo_1", "the settings of arms.yaml", "1", "29.1%", ""), ("dapo", "dapo_2", "lr: 0.001, not 0.0003", "1", "48.3%", "yes"), ("dapo", "dapo_10", "lr: 0.0001, not 0.0003", "1", "19.6%", "")]
     assert [r["arm"] for r in tuned(rs) if r["chosen"]] == ["dapo_2", "fg_2"] and tuned([]) == []
+    close = [invented_result(f"dapo_{i}", 0, (.1, c)) for i, c in ((1, .3), (2, .305), (3, .2))]
+    assert [r["arm"] for r in tuned(close) if r["chosen"]] == ["dapo_1"] # Half a point is noise
 
 def test_planned_ablations_by_hand():
     ablate = [invented_result("fg_replay", s, solved=8) for s in (0, 1)]
