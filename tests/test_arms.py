@@ -214,7 +214,7 @@ def test_the_shaped_objective_by_hand(rollouts):
 
 def test_the_distillation_loss_and_its_gate_by_hand(rollouts):
     t, samples = rollouts
-    c = with_mode("gated", "algorithm.updates=1", "algorithm.pg_weight=0", "algorithm.transfer.gate=0.5")
+    c = with_mode("gated", "algorithm.updates=1", "algorithm.pg_weight=0", "algorithm.transfer.gate=0.8")
     taught, asked = taught_rows(samples, c, t.model, t.tok)
     gaps, total, tokens = [], 0.0, 0
     for s, i in zip(samples, choose_teachers(*conditions(samples))):
@@ -223,10 +223,10 @@ def test_the_distillation_loss_and_its_gate_by_hand(rollouts):
         begin = r.mask.index(1)
         (own, p), (theirs, q) = probabilities(t.model, r.ids, r.mask), probabilities(t.model, prompt + r.ids[begin:], [0] * len(prompt) + r.mask[begin:])
         gaps.append(sum(math.log(a / b) for a, b in zip(own, theirs)) / len(own))
-        if gaps[-1] <= .5: continue
+        if gaps[-1] <= .8: continue
         m, tokens = (p + q) / 2, tokens + len(own)
         total += float(((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2)
-    assert asked == len(gaps) and 0 < len(taught) == sum(g > .5 for g in gaps) < asked
+    assert asked == len(gaps) and 0 < len(taught) == sum(g > .8 for g in gaps) < asked
     model = copy.deepcopy(t.model)
     log, _ = policy_gradient(model, torch.optim.SGD(model.parameters()), samples, c, t.tok)
     assert log["distill_loss"] == pytest.approx(total / tokens, abs=1e-5) and log["gate_share"] == pytest.approx(len(taught) / asked) and log["distilled_rows"] == len(taught)

@@ -30,12 +30,16 @@ def test_the_arms_of_the_demo_are_those_of_the_single_files():
     assert list(arms) == ["dapo", "dapo_replay", "fg_plan", "fg_replay"]
     for name, c in arms.items(): assert load_config(CONFIGS / f"tiny_{name}.yaml").algorithm == c.algorithm
 
-def test_arms_differ_in_feedback_and_transfer_only():
+def test_arms_differ_in_feedback_transfer_and_groups_only():
     arms = load_arms(CONFIGS / "demo.yaml")
     kinds = {n: (c.algorithm.feedback_guidance.enable, c.algorithm.transfer.mode) for n, c in arms.items()}
     assert kinds == dict(dapo=(False, "none"), dapo_replay=(False, "replay"), fg_plan=(True, "none"), fg_replay=(True, "replay"))
     ours = {"arm", "algorithm.feedback_guidance.enable", "algorithm.transfer.mode"}
-    for key in set(KEYS) - ours: assert len({str(value(c, key)) for c in arms.values()}) == 1, key
+    groups = {"train.steps", "train.tasks_per_step", "train.eval_every", *(f"algorithm.feedback_guidance.{k}" for k in ("start_rollout", "wave_sizes", "stop_after_successes"))}
+    for key in set(KEYS) - ours - groups: assert len({str(value(c, key)) for c in arms.values()}) == 1, key
+    for key in groups: assert str(value(arms["dapo_replay"], key)) == str(value(arms["fg_replay"], key)), key # The control shares the groups too
+    rollouts = {n: c.train.steps * c.train.tasks_per_step * c.train.rollouts for n, c in arms.items()}
+    assert rollouts["dapo"] >= 5000 and rollouts["dapo_replay"] >= rollouts["fg_replay"]
 
 def test_every_setting_has_a_description():
     assert all(KEYS.values()) and len(KEYS) > 40

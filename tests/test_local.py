@@ -247,7 +247,8 @@ def test_replay_rows_are_plain_fresh_and_sometimes_under_another_name(small, tmp
     assert 25 < sum(guided) < 75 and 70 < sum(other) < 130
     assert len({str(r) for r in rows}) > 190 # Fresh users
     numbers = {d.phone for d in s.company.departments}
-    assert all(any(n in str(r) for n in numbers) != o for r, o in zip(rows, other)) # Another name has other numbers, in the feedback too
+    assert all(all(n in str(r) for n in numbers) != o for r, o in zip(rows, other)) # Another name has other numbers
+    assert sum(first.phone in r.prompt for r, g, o in zip(rows, guided, other) if g and o) <= 1 < sum(first.phone in r.prompt for r, g, o in zip(rows, guided, other) if g and not o) # In the feedback too
     assert all(r.turns[-1][0].startswith("call ") for r in rows)
 
 def test_replay_without_reexecution_keeps_what_was_written(small, tmp_path):
