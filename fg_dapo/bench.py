@@ -188,6 +188,7 @@ def table(
     elif verl: rows.append(("the verl engine", "not measured: it is not installed (make env-dev)", ""))
     return rows
 
+# %% ../nbs/95_bench.ipynb #97af84dc
 def verl_rows(
     checkpoint:str|Path,
     data:str|Path,

@@ -161,6 +161,7 @@ def _need_inputs(
     if not is_model(config.policy.checkpoint):
         raise FileNotFoundError(f"policy.checkpoint: no model in {config.policy.checkpoint!r} (config.json and a .safetensors file); make one with: fg-dapo warmstart --out {config.policy.checkpoint}")
 
+# %% ../nbs/90_cli.ipynb #0924dcd2
 @app.command()
 def warmstart(
     out:Annotated[Path, typer.Option(help="Folder for the model: safetensors and tokenizer.")] = Path("data/tiny"),
@@ -225,6 +226,7 @@ def _dry_run(config, out):
     compose(settings)
     typer.echo("\n".join(as_arguments(settings)))
 
+# %% ../nbs/90_cli.ipynb #4811c49c
 @app.command()
 def plan(
     config:Annotated[Path|None, typer.Option("--config", "-c", help="YAML file of a run with engine: verl.")] = None,

@@ -371,6 +371,7 @@ class Replayer:
         while (name := random_name(rng, s.company.industry)) in self.names: pass
         return name
 
+# %% ../../nbs/engines/20_local.ipynb #b840472c
 def served(episode)->bool:
     "Whether a re-executed plan did what it should for its new user: served, or told of a field that this user does lack and nothing stands in for."
     return episode.ended == "served" or (bool(episode.desk.unavailable) and episode.last_word.startswith("tell"))

@@ -71,6 +71,7 @@ QWEN3 = {a.name: a for a in (
     Arch("Qwen3-14B", 5120, 40, 40, 8, 128, 17408, 151936, False),
     Arch("Qwen3-32B", 5120, 64, 64, 8, 128, 25600, 151936, False))}
 
+# %% ../../nbs/engines/50_plan.ipynb #cc996696
 def read_arch(
     checkpoint:str|Path, # A Hugging Face folder, or a name such as Qwen/Qwen3-8B
 )->Arch: # Raises `FileNotFoundError` for an unknown name, `ValueError` for another kind of model

@@ -371,6 +371,7 @@ def _load_checkpoint(self:FeedbackGuidedDAPOTrainer)->None:
     rewind(self.dir, self.global_steps)
     self.watch = Watch(self.run.train.alarm, read_jsonl(self.dir / "metrics.jsonl") if (self.dir / "metrics.jsonl").exists() else ())
 
+# %% ../../nbs/engines/46_verl.ipynb #c0a8777f
 @patch
 def on_init_end(self:FeedbackGuidedDAPOTrainer)->None:
     super(FeedbackGuidedDAPOTrainer, self).on_init_end()

@@ -105,6 +105,7 @@ def _beat(run):
     with contextlib.suppress(OSError, ValueError): return read_json(run / "heartbeat.json")
     return dict(time=0.0, ready=False, stage="starting")
 
+# %% ../../nbs/engines/48_verl_launch.ipynb #cbad266e
 def train(
     config:RunConfig, # With `engine: verl`
     out:str|Path, # The run's folder

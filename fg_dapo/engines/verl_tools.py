@@ -108,6 +108,7 @@ def _directory(path): return CompanyDirectory(load_companies(path)) if path else
 
 def _as_loaded(schema): return shown(OpenAIFunctionToolSchema.model_validate(schema))
 
+# %% ../../nbs/engines/40_verl_tools.ipynb #851779ba
 class EpisodeTool(BaseTool):
     "One of our tools behind verl's four methods. Instances that share an id, and calls that share `agent_data`, share an episode."
     function = None # Of `agent.tools`

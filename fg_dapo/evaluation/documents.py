@@ -128,6 +128,7 @@ def group_part(results, protocol, name):
     return [*pictures(lambda rs: position_figure(rs, protocol), results, f"{name}_positions", "An arm without feedback is flat. A rising dashed line is feedback at work; a high first position of the solid line is what was learned."),
         *pictures(gap_figure, results, f"{name}_gap", "The solid line has to rise: it is what the policy does alone. Where the two meet, feedback has nothing left to add."), group_table(results, protocol)]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #8ac4a2f7
 def control_part(results, protocol, name):
     "What shuffled and empty feedback bring, and what the real one does, against the matched control."
     said = [s for arm, what in (("fg_shuffled", "Shuffled feedback"), ("fg_empty", "Empty feedback"), ("fg_observed", "Feedback that holds what the episode revealed"), ("fg_replay", "Feedback that holds the answer"))
@@ -149,6 +150,7 @@ def reliability_part(results, protocol, name): return [pass_table_of(results), b
 
 def stall_part(results, protocol, name): return [dead_groups_table(results)]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #f51950d4
 def iqm_table(results)->Block:
     "The interquartile mean over seeds, kinds of task and levels."
     rows = []
@@ -186,6 +188,7 @@ def provenance_part(results, protocol, name):
     dirty = " (+: with uncommitted changes)" if "+" in every("git_commit") else ""
     return [table(["what", "value"], [["commit", every("git_commit") + dirty], ["policy the runs started from", every("policy")], ["files of the worlds", every("world_files")], ["versions", ", ".join(versions)]])]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #5aabeb91
 PARTS = dict( # Part to title and maker
     ending=("Cold start at the end", ending_part), curves=("Learning curves and sample efficiency", curve_part), ratios=("How many times fewer rollouts", ratio_part), seconds=("Seconds to a threshold", seconds_part),
     group=("Inside a group", group_part), controls=("Against the matched control", control_part), stall=("What there was to learn from", stall_part), failures=("How episodes fail", failure_part),

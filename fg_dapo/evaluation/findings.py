@@ -560,6 +560,7 @@ def spent_table(
     return table(["world", "arm", *(f"to {t:.0%}" for t in THRESHOLDS)], [[w, arm_label(a), *(cell(got[w, a, t]) for t in THRESHOLDS)] for w, a, _ in groups_of(results)],
         f"Training {by} to a cold start on {kind_words(main_kind(protocol))}, median over seeds; in brackets how many runs got there. '>': half of the runs or more did not, and the number is the budget. {note_of(results)}.")
 
+# %% ../../nbs/evaluation/50_findings.ipynb #3bd65ff5
 def ratio_table(
     results,
     protocol:dict,
@@ -593,6 +594,7 @@ def group_table(results, protocol:dict)->Block:
     return table(["world", "arm", "seeds", "first / last position, early", "first / last position, late", "last above first, early", "guided above cold, early", "guided above cold, late"], rows,
         f"Early: steps {protocol['early_steps'][0]} to {protocol['early_steps'][1]}; late: the last {protocol['late_steps']}, where training was long enough. In brackets: 95% t-interval over seeds, from two seeds on. {note_of(results)}.")
 
+# %% ../../nbs/evaluation/50_findings.ipynb #45600d7a
 def points(i:dict)->str: # '+12 points (+3 to +20)'
     "A difference of rates with its interval, as from `mean_interval`."
     return "not measured" if i["value"] is None else claim_value(dict(i, measure="difference"))
