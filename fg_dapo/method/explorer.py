@@ -14,7 +14,7 @@ from ..agent.episode import Episode, Turn
 from ..agent.scripted import Plan, call, play
 from .diagnosis import diagnose
 from .feedback import visible
-from ..world.records import AUTH_FIELDS, Company, Scenario, in_order
+from ..world.records import AUTH_FIELDS, Scenario, in_order
 
 # %% ../../nbs/method/27_explorer.ipynb #e256a60a
 @dataclass
