@@ -106,7 +106,7 @@ def test_the_order_within_a_stretch_does_not_matter(rs, rnd):
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "demo").glob("*/metrics.jsonl")), ids=lambda p: p.parent.name)
 def test_the_runs_that_ship_are_sound(path):
     real = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(real) == 40 and all(alarms(real[:i]) == [] for i in range(41))
+    assert [r["step"] for r in real] == list(range(1, len(real) + 1)) and len(real) >= 16 and all(alarms(real[:i]) == [] for i in range(len(real) + 1))
 
 # In an engine
 
