@@ -313,9 +313,13 @@ def by_position(
     result:dict,
     steps=(1, 20), # From and to, both included
 )->list[float]: # One rate a position; empty where there is none
-    "Success by position inside the group."
-    rows = [r for r in _over(result, "acc_by_position", steps) if r]
-    return [float(np.mean([r[i] for r in rows])) for i in range(min(map(len, rows)))] if rows else []
+    "Success by position inside the group, mean over the steps that have it: where groups stop early, a step may have no last position. It ends before the first that no step has."
+    rows, out = [r for r in _over(result, "acc_by_position", steps) if r], []
+    for i in range(min(map(len, rows), default=0)):
+        got = [r[i] for r in rows if r[i] is not None]
+        if not got: break
+        out.append(float(np.mean(got)))
+    return out
 
 def guided_gap(result:dict, steps)->float|None:
     "Success of the rows that read feedback, less that of the others."
