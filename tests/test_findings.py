@@ -273,6 +273,23 @@ def test_the_planned_runs_are_those_of_the_matrix():
     m = load_matrix(EXPERIMENTS / "configs/matrix_confirm.yaml")
     assert planned_runs(m.path) == tuple(f"{w.name}-{a}-s{s}" for s in m.seeds for w in m.worlds for a in w.arms) and planned_runs("none.yaml") == ()
 
+def test_a_second_confirmation_is_reported_beside_the_first(tmp_path):
+    again = [confirmed(a, s, c, k, "standard-201") for a, c, k in (("dapo", NEVER, 2), ("fg_replay", FAST, 9)) for s in range(5)]
+    save(tmp_path, "confirm", FIVE)
+    save(tmp_path, "confirm_2", again)
+    rules = dict(PROTOCOL, why="The first left this open.", criteria=[c for c in PROTOCOL["criteria"] if c["id"] in ("dapo_30", "level_4")])
+    for name, p in (("protocol", PROTOCOL), ("protocol_2", rules)): (tmp_path / f"{name}.yaml").write_text(json.dumps(p))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/matrix_confirm_2.yaml").write_text("seeds: [0, 1, 2, 3, 4, 5]\nworlds: [{seed: 201}]\narms: {dapo: {}, fg_replay: {}}\n")
+    e = committed(tmp_path)
+    assert len(e.confirm) == 15 and len(e.second.confirm) == 10 and e.second.second is None and list(e.heaps) == ["confirm", "confirm_2", "explore", "ablate", "tune"] and len(e.second.missing) == 2
+    assert [r["id"] for r in judged(e.second)] == ["dapo_30", "level_4"] and judged(e) == judged(evidence(e.confirm)) # Nothing of the second decides the first
+    page = page_of("RESULTS.md", e)
+    text = render("RESULTS.md", page)
+    assert list(page).index("second") == list(page).index("easy") + 1 and "The first left this open." in text and "10 of 12 runs are there" in text
+    assert {b.name for b in figures_of(page) if "confirm_2" in b.name} and all("standard-201" in b.name for b in figures_of(page) if "confirm_2" in b.name)
+    assert "second" not in page_of("RESULTS.md", evidence(FIVE))
+
 # Figures as files
 
 def chunks(png):

@@ -9,9 +9,9 @@ __all__ = ['NOT_MEASURED', 'EXPLORED', 'NOTHING_RUN', 'HEADS', 'ORDER', 'PARTS',
            'ratio_part', 'seconds_part', 'group_part', 'control_part', 'failure_part', 'removed_part', 'rarer_part',
            'reliability_part', 'stall_part', 'iqm_table', 'ablation_part', 'cost_part', 'complete', 'missing_block',
            'provenance_part', 'part', 'explored', 'status', 'asked', 'baseline_page', 'feedback_page', 'ablation_page',
-           'failure_page', 'results_page', 'easy_section', 'tried_section', 'related_words', 'outline_page', 'Document',
-           'page_of', 'render', 'figures_of', 'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean',
-           'write_notebook', 'parameters_of', 'run_notebook', 'run_all']
+           'failure_page', 'results_page', 'second_section', 'easy_section', 'tried_section', 'related_words',
+           'outline_page', 'Document', 'page_of', 'render', 'figures_of', 'write_document', 'Face', 'faces', 'shown_by',
+           'check', 'clean', 'write_notebook', 'parameters_of', 'run_notebook', 'run_all']
 
 # %% ../../nbs/evaluation/60_documents.ipynb #8c6a46e0
 import importlib.util, json, os, re, subprocess, sys, tempfile
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import atomic_write, read_json, to_json
-from .findings import (HEAPS, Evidence, behaviour_table, cost_of, cost_table, curve_figure, dead_groups_table, difference_figure, difference_table, differences,
+from .findings import (Evidence, behaviour_table, cost_of, cost_table, curve_figure, dead_groups_table, difference_figure, difference_table, differences,
     effect_figure, effect_of, effect_table, ending_table, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, group_table, groups_of, in_arms,
     Picture, in_worlds, kind_words, kinds_by_share, kinds_in, main_kind, level_figure, level_table, pass_table_of, planned_table, plots, points, position_figure, rate_of, ratio_table, reach_figure, reference_arm, removal,
     seeds_words, settings_of, spent_table, tenths, tuned, tuning_table)
@@ -222,12 +222,11 @@ GUIDED = "fg" # Arms whose name begins so are ours
 def status(evidence:Evidence)->Block:
     "What there is, heap by heap."
     rows = []
-    for heap, purpose in HEAPS.items():
-        rs = getattr(evidence, heap)
+    for heap, (purpose, rs) in evidence.heaps.items():
         c = cost_of(rs)
         steps = sorted({int(s) for r in rs if (s := settings_of(r).get("train.steps"))})
         rows.append([heap, purpose, ", ".join(in_worlds(rs)) or "none", len(in_arms(rs)), seeds_words(rs), c["runs"], plots._span(steps) if steps else "–", num(c["rollouts"]), f"{c['hours']:.1f}"])
-    return table(["results", "purpose", "worlds", "arms", "seeds", "runs", "steps a run", "rollouts", "hours of one core"], rows, "Everything that left a result file. Only the confirmation decides.")
+    return table(["results", "purpose", "worlds", "arms", "seeds", "runs", "steps a run", "rollouts", "hours of one core"], rows, "Everything that left a result file. Only a confirmation decides.")
 
 def asked(evidence, *said)->Section: return section("asked", "What is asked, and what there is", *map(text, said), status(evidence))
 
@@ -286,10 +285,11 @@ def results_page(ev:Evidence)->list[Section]:
         section("criteria", "Every criterion", claims_table(by_verdict(rows))),
         *(part(p, ev.confirm, ev.protocol, "results") for p in ("curves", "ratios", "ending", "group", "controls", "seconds", "reliability")),
         easy_section(ev),
+        second_section(ev),
         explored(("curves", "ratios", "ending", "controls"), ev.explore, ev.protocol, "results"),
         tried_section(ev),
-        section("cost", "What it cost", *[b for heap in HEAPS if (rs := getattr(ev, heap)) for b in (text(f"{heap} ({HEAPS[heap]}):"), *cost_part(rs, ev.protocol, ""))] or [text(NOTHING_RUN)]),
-        part("provenance", ev.confirm, ev.protocol, "results"),
+        section("cost", "What it cost", *[b for heap, (purpose, rs) in ev.heaps.items() if rs for b in (text(f"{heap} ({purpose}):"), *cost_part(rs, ev.protocol, ""))] or [text(NOTHING_RUN)]),
+        part("provenance", [*ev.confirm, *(ev.second.confirm if ev.second else ())], ev.protocol, "results"),
         section("limits", "Limits", items(*LIMITS))]
 
 LIMITS = (
@@ -299,6 +299,13 @@ LIMITS = (
     "Worlds of a confirmation are few, so an interval over seeds says nothing about how worlds differ.",
     "A second attempt with feedback in the prompt gains by being a second attempt, too.",
     "Seconds depend on the machine; rollouts and tokens do not.")
+
+def second_section(ev:Evidence)->Section|None: # `None` where none was planned
+    "What the first confirmation left open, asked again."
+    if not (again := ev.second): return None
+    rows, rs = judged(again), again.confirm
+    return section("second", "A second confirmation", text(again.protocol["why"]), complete(again), text(f"All {len(rows)} criteria of experiments/protocol_2.yaml: {verdict_counts(rows)}."), claims_table(by_verdict(rows)),
+        *[b for p in ("curves", "ratios", "ending", "seconds") for b in (text(f"{PARTS[p][0]}:"), *PARTS[p][1](rs, again.protocol, "results_confirm_2")) if rs])
 
 def easy_section(ev:Evidence)->Section:
     "The world in which feedback may lose."

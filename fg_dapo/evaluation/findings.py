@@ -48,6 +48,13 @@ class Evidence:
     tune:list
     protocol:dict # As read from experiments/protocol.yaml
     planned:tuple = () # Names of the runs that the confirming matrix asks for
+    second:"Evidence|None" = None # A second confirmation, of other worlds under a protocol of its own; the other heaps are empty there
+
+    @property
+    def heaps(self)->dict[str, tuple[str, list]]: # Name to purpose and results
+        "All heaps, the second confirmation's among them."
+        second = dict(confirm_2=(HEAPS["confirm"], self.second.confirm)) if self.second else {}
+        return dict(confirm=(HEAPS["confirm"], self.confirm)) | second | {h: (purpose, getattr(self, h)) for h, purpose in HEAPS.items() if h != "confirm"}
 
     @property
     def missing(self)->list[str]: # In the matrix's order
@@ -65,19 +72,21 @@ def planned_runs(
 
 def gather(
     load, # Folder to list of results: `matrix.load_results`
-    protocol:str|Path, # experiments/protocol.yaml; beside it, configs/matrix_confirm.yaml says which runs the confirmation asks for
-    **folders, # A folder for each of `HEAPS`; one without results is an empty heap
+    protocol:str|Path, # experiments/protocol.yaml; configs/matrix_confirm.yaml beside it says which runs are asked for. protocol_2.yaml and configs/matrix_confirm_2.yaml are those of a second confirmation
+    **folders, # A folder for each of `HEAPS`; one without results, or left out, is an empty heap. A second confirmation lies beside the first, in a folder whose name ends in _2
 )->Evidence: # Raises `ValueError` for a result in the wrong heap, and what `load` raises for a file it cannot read
     "Read all results."
-    heaps = {}
-    for heap, purpose in HEAPS.items():
-        try: heaps[heap] = load(folders[heap])
+    heaps, protocol = dict.fromkeys(HEAPS, ()), Path(protocol)
+    for heap, folder in folders.items():
+        try: heaps[heap] = load(folder)
         except FileNotFoundError: heaps[heap] = []
         for r in heaps[heap]:
-            if r.get("purpose") != purpose: raise ValueError(f"{folders[heap]}: {r.get('name')} is a result of {r.get('purpose')!r}, and --{heap} takes those of {purpose!r}")
-    rules = read_yaml(Path(protocol).read_text(), str(protocol))
+            if r.get("purpose") != HEAPS[heap]: raise ValueError(f"{folder}: {r.get('name')} is a result of {r.get('purpose')!r}, and --{heap} takes those of {HEAPS[heap]!r}")
+    rules, more = read_yaml(protocol.read_text(), str(protocol)), protocol.with_name("protocol_2.yaml")
     check_protocol(rules)
-    return Evidence(**heaps, protocol=rules, planned=planned_runs(Path(protocol).parent / "configs/matrix_confirm.yaml"))
+    second = gather(load, more, confirm=f"{folders['confirm']}_2") if more != protocol and more.is_file() else None
+    matrix = protocol.parent / f"configs/matrix_confirm{protocol.stem.removeprefix('protocol')}.yaml"
+    return Evidence(**heaps, protocol=rules, planned=planned_runs(matrix), second=second)
 
 # %% ../../nbs/evaluation/50_findings.ipynb #3b5f5d6e
 def invented_result(
@@ -733,11 +742,16 @@ PLANNED = { # Ablation to its setting and the values that were planned
     "baseline of the advantage": ("algorithm.baseline", ("group", "condition", "cold")),
     "group filter": ("algorithm.filter_on", ("group", "cold")),
     "transfer": ("algorithm.transfer.mode", ("none", "replay", "strip", "shaped", "gated")),
+    "re-execution of plans, and name dropout": ("algorithm.transfer.reexecute", ("True", "False")),
+    "other words for the fresh user": ("algorithm.transfer.reword", ("True", "False")),
     "name dropout": ("algorithm.transfer.name_dropout", ("0.3", "0.0")),
+    "optimizer of replay": ("algorithm.transfer.optimizer", ("muon", "adamw")),
     "policy gradient beside replay": ("algorithm.pg_weight", ("1.0", "0.0")),
     "adaptive n: stop after so many successes": ("algorithm.feedback_guidance.stop_after_successes", ("none", "2")),
 }
-TOGETHER = {"algorithm.feedback_guidance.start_rollout": {"algorithm.feedback_guidance.wave_sizes"}} # May change with it: a group of the same size needs other waves
+TOGETHER = { # What may change with it
+    "algorithm.feedback_guidance.start_rollout": {"algorithm.feedback_guidance.wave_sizes"}, # A group of the same size needs other waves
+    "algorithm.transfer.reexecute": {"algorithm.transfer.name_dropout"}} # The transcript as it was sampled, name and all
 
 def ablated(results, reference:str|None, key:str, value:str, kind:str="training")->list[dict]: # Rows of `differences`; empty where no arm changes only that
     "What changing one setting to a value was worth."
