@@ -13,7 +13,7 @@ from fg_dapo.core import read_json, read_jsonl
 from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, check, clean, decided, figures_of, headline, judged, page_of, parameters_of, related_words, render, verdict_counts,
     run_notebook, shown_by, write_document)
 from fg_dapo.evaluation.findings import (Evidence, Picture, behaviour_table, cost_of, cost_table, curve_figure, curve_points, dead_groups_table, difference_figure, difference_table, differences, effect_figure,
-    effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, invented_result, kind_words, kinds_in, level_figure, level_table, pass_table_of, planned_runs,
+    effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, invented_result, kind_words, kinds_in, level_figure, level_table, limit_table, pass_table_of, planned_runs,
     planned_table, position_figure, ratio_table, reach_figure, reference_arm, removal, seeds_words, spent_table, tuned, tuning_table)
 from fg_dapo.evaluation.metrics import needs
 from fg_dapo.evaluation.plots import COMPANIES, arm_label
@@ -66,6 +66,11 @@ def test_the_end_by_hand():
     assert cells(ending_table(TWO), "standard-100", "DAPO") == ("2", *["25% (20 to 30)"] * 2, "28% (22 to 33)", "31% (25 to 37)", *["25% (20 to 30)"] * 2, "35% (30 to 40)")
     assert "n = 50 episodes" in ending_table(TWO).text and "range of two seeds" in ending_table(TWO).text and "exploration, not a result; 2 seeds" in ending_table(TWO).text
     assert cells(level_table(TWO), "standard-100", "DAPO") == ("2", *["25% (20 to 30)"] * 5)
+
+def test_what_limits_the_end_by_hand():
+    assert cells(limit_table([*TWO, invented_result("fg_plan", changes={"algorithm.transfer.mode": "none"})]), "standard-100", "FG + replay") == ("2", "7", "7", *["70% (60 to 80)"] * 2, "78% (67 to 89)", "88% (75 to 100)") # The ceilings are .9 and .8
+    assert [r[1] for r in limit_table([invented_result("fg_plan", changes={"algorithm.transfer.mode": "none"})]).rows] == [] # It replays nothing
+    assert "What limits the end" in render("RESULTS.md", page_of("RESULTS.md", evidence(FIVE, TWO))) and "In the confirmations:" not in render("RESULTS.md", page_of("RESULTS.md", evidence((), TWO)))
 
 def test_what_was_spent_by_hand():
     assert cells(spent_table(TWO, RULES), "standard-100", "FG + replay") == ("256 (2 of 2)", "> 768 (0 of 2)", "> 768 (0 of 2)", "> 768 (0 of 2)") # .6 is there only once

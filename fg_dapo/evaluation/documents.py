@@ -9,9 +9,9 @@ __all__ = ['NOT_MEASURED', 'EXPLORED', 'NOTHING_RUN', 'HEADS', 'ORDER', 'PARTS',
            'ratio_part', 'seconds_part', 'group_part', 'control_part', 'failure_part', 'removed_part', 'rarer_part',
            'reliability_part', 'stall_part', 'iqm_table', 'ablation_part', 'cost_part', 'complete', 'missing_block',
            'provenance_part', 'part', 'explored', 'status', 'asked', 'baseline_page', 'feedback_page', 'ablation_page',
-           'failure_page', 'results_page', 'second_section', 'easy_section', 'tried_section', 'related_words',
-           'outline_page', 'Document', 'page_of', 'render', 'figures_of', 'write_document', 'Face', 'faces', 'shown_by',
-           'check', 'clean', 'write_notebook', 'parameters_of', 'run_notebook', 'run_all']
+           'failure_page', 'results_page', 'second_section', 'easy_section', 'limit_section', 'tried_section',
+           'related_words', 'outline_page', 'Document', 'page_of', 'render', 'figures_of', 'write_document', 'Face',
+           'faces', 'shown_by', 'check', 'clean', 'write_notebook', 'parameters_of', 'run_notebook', 'run_all']
 
 # %% ../../nbs/evaluation/60_documents.ipynb #8c6a46e0
 import importlib.util, json, os, re, subprocess, sys, tempfile
@@ -21,7 +21,7 @@ from pathlib import Path
 from ..core import atomic_write, read_json, to_json
 from .findings import (Evidence, behaviour_table, cost_of, cost_table, curve_figure, dead_groups_table, difference_figure, difference_table, differences,
     effect_figure, effect_of, effect_table, ending_table, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, group_table, groups_of, in_arms,
-    Picture, in_worlds, kind_words, kinds_by_share, kinds_in, main_kind, level_figure, level_table, pass_table_of, planned_table, plots, points, position_figure, rate_of, ratio_table, reach_figure, reference_arm, removal,
+    Picture, in_worlds, kind_words, kinds_by_share, kinds_in, main_kind, level_figure, level_table, limit_table, pass_table_of, planned_table, plots, points, position_figure, rate_of, ratio_table, reach_figure, reference_arm, removal,
     seeds_words, settings_of, spent_table, tenths, tuned, tuning_table)
 from .metrics import arm_iqm, claims, needs, seed_interval
 from .plots import arm_label
@@ -280,13 +280,15 @@ def results_page(ev:Evidence)->list[Section]:
     return [
         section("claim", "The claim", text("Does feedback on failed rollouts, shown to later rollouts of the same group, make the policy without feedback succeed after fewer rollouts?"),
             text(f"Verdict on the claim: {decided(main)}.", "note"), few(ev), _words([claim_words(r) for r in main]),
-            text(f"All {len(rows)} criteria of experiments/PROTOCOL.md: {verdict_counts(rows)}."), _words([f"{g}: {verdict_counts(rs)}." for g, rs in groups.items()])),
+            text(f"All {len(rows)} criteria of experiments/PROTOCOL.md: {verdict_counts(rows)}."), _words([f"{g}: {verdict_counts(rs)}." for g, rs in groups.items()]),
+            *([text(f"A second confirmation asks what the first left open, or did not meet, with more steps. Its criteria in experiments/protocol_2.yaml: {verdict_counts(judged(ev.second))}.")] if ev.second else [])),
         section("there", "What there is", status(ev), complete(ev)),
         section("criteria", "Every criterion", claims_table(by_verdict(rows))),
         *(part(p, ev.confirm, ev.protocol, "results") for p in ("curves", "ratios", "ending", "group", "controls", "seconds", "reliability")),
         easy_section(ev),
         second_section(ev),
         explored(("curves", "ratios", "ending", "controls"), ev.explore, ev.protocol, "results"),
+        limit_section(ev),
         tried_section(ev),
         section("cost", "What it cost", *[b for heap, (purpose, rs) in ev.heaps.items() if rs for b in (text(f"{heap} ({purpose}):"), *cost_part(rs, ev.protocol, ""))] or [text(NOTHING_RUN)]),
         part("provenance", [*ev.confirm, *(ev.second.confirm if ev.second else ())], ev.protocol, "results"),
@@ -298,6 +300,7 @@ LIMITS = (
     "Feedback of full detail holds the answer: what it gains is partly leaked answers. The arm with observed feedback tells how much.",
     "Worlds of a confirmation are few, so an interval over seeds says nothing about how worlds differ.",
     "A second attempt with feedback in the prompt gains by being a second attempt, too.",
+    "Shuffled feedback is about other companies, and the rules of an industry are shared: it may tell something true. Empty feedback is the control without that.",
     "Seconds depend on the machine; rollouts and tokens do not.")
 
 def second_section(ev:Evidence)->Section|None: # `None` where none was planned
@@ -312,6 +315,14 @@ def easy_section(ev:Evidence)->Section:
     easy = [r for r in ev.confirm if r["world"]["kind"] == "easy"]
     said = [s for ref in ("dapo", "dapo_replay") for s in difference_words(easy, "fg_replay", ref, "FG + transfer", main_kind(ev.protocol))]
     return section("easy", "The easy world, where feedback may lose", *([_words(said) or text("FG + transfer cannot be paired there."), ending_table(easy)] if easy else [text(NOT_MEASURED, "note")]))
+
+def limit_section(ev:Evidence)->Section:
+    "What holds the end down: tasks that were never solved, or what replay makes of those that were."
+    some = [r for r in ev.explore if r["world"]["kind"] == "standard"]
+    said = ["Two limits tell what holds cold start at the end. The world's ceiling is what can be known. The oracle is what the policy and the optimizer make of the right plans of all training tasks, replayed in the same way; it is no method, because nobody has those plans.",
+        "Where an arm lies below the oracle, tasks that it never solved or solved late hold it down; where the oracle lies below the ceiling, the policy does."]
+    return section("limit", "What limits the end", text(EXPLORED, "note"), *map(text, said), *([limit_table(some)] if some else [text(NOTHING_RUN)]),
+        *([text("In the confirmations:"), limit_table(rs)] if (rs := [r for e in (ev, ev.second) if e for r in e.confirm if r["world"]["kind"] == "standard"]) else []))
 
 def tried_section(ev:Evidence)->Section:
     "Every setting that was tried, chosen or not."
@@ -363,6 +374,7 @@ def outline_page(ev:Evidence)->list[Section]:
         section("protocol", "Protocol", items(*facts)),
         section("tables", "Tables to show", claims_table(by_verdict(rows)), *([ratio_table(ev.confirm, ev.protocol), ending_table(ev.confirm), difference_table(ev.confirm, "dapo_replay", main_kind(ev.protocol)), effect_table(ev.confirm)] if ev.confirm else [text(NOT_MEASURED, "note")])),
         section("ablations", "Ablations", planned_table(_some(ev.confirm, lambda a: a.startswith(GUIDED)), ev.ablate, kind=main_kind(ev.protocol))),
+        *([section("second", "The second confirmation", text(ev.second.protocol["why"]), claims_table(by_verdict(judged(ev.second))))] if ev.second else []),
         section("limits", "Limitations", items(*LIMITS)),
         section("related", "Related work", items(*related_words(ev)))]
 

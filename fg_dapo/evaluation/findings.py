@@ -9,10 +9,10 @@ __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'MARGIN', 'PLANNED', 
            'curve_points', 'windows', 'positions_of', 'failure_shares', 'kinds_by_share', 'effect_of', 'panels',
            'Picture', 'curve_figure', 'reach_figure', 'position_figure', 'gap_figure', 'level_figure', 'failure_figure',
            'effect_figure', 'settings_of', 'changed_settings', 'change_words', 'reference_arm', 'differences',
-           'difference_figure', 'ending_table', 'level_table', 'spent_table', 'ratio_table', 'group_table', 'points',
-           'difference_table', 'failure_share_table', 'effect_table', 'removal', 'failure_change_table',
-           'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table', 'judged_over', 'tenths',
-           'tuned', 'tuning_table', 'ablated', 'planned_table']
+           'difference_figure', 'ending_table', 'limit_table', 'level_table', 'spent_table', 'ratio_table',
+           'group_table', 'points', 'difference_table', 'failure_share_table', 'effect_table', 'removal',
+           'failure_change_table', 'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table',
+           'judged_over', 'tenths', 'tuned', 'tuning_table', 'ablated', 'planned_table']
 
 # %% ../../nbs/evaluation/50_findings.ipynb #17603aea
 import re
@@ -550,6 +550,17 @@ def ending_table(results)->Block:
     return table(["world", "arm", "seeds", *map(kind_words, kinds), *(f"share of the ceiling, {kind_words(c)}" for c in limited), *(f"greedy, {kind_words(c)}" for c in kinds), "after one feedback"], rows,
         f"Cold start of the last checkpoint, temperature 1 where not greedy; n = {plots._span(n)} episodes a run on {kind_words(kinds[0]) if kinds else 'no task'}. In brackets: {interval_words(used)}. "
         f"After one feedback: all but those tasks that failed twice, the second time with feedback in the prompt. The ceiling is what can be known: every rule, and no exception but those that training tasks reveal. {note_of(results)}.")
+
+def limit_table(results)->Block:
+    "The end of arms that replay: how many training tasks they solved on the way, and what they make of them."
+    kinds, used, rows = kinds_in(results), [], []
+    for world, arm, mine in groups_of(results):
+        if settings_of(mine[0]).get("algorithm.transfer.mode") != "replay": continue
+        cells = [seed_interval([r["steps"]["solved_tasks"][-1] for r in mine])] + [rate_of(mine, c) for c in kinds] + [rate_of(mine, c, of_ceiling=True) for c in kinds if c != "seen"]
+        used += cells
+        rows.append([world, arm_label(arm), len(mine), plots._span([len(r["steps"]["step"]) for r in mine]), num(round(cells[0]["mean"])), *map(with_interval, cells[1:])])
+    return table(["world", "arm", "seeds", "steps", "training tasks solved", *map(kind_words, kinds), *(f"share of the ceiling, {kind_words(c)}" for c in kinds if c != "seen")], rows,
+        f"Arms that replay. Solved: tasks with an entry in the buffer at the end, mean over seeds; the oracle's buffer is filled at the start with the right plan of every task. Cold start at the end, temperature 1. In brackets: {interval_words(used)}. {note_of(results)}.")
 
 def level_table(results, companies:str="training")->Block:
     "Cold start at the end by level."
