@@ -545,10 +545,10 @@ def ending_table(results)->Block:
     for world, arm, mine in groups_of(results):
         cells = [rate_of(mine, c) for c in kinds] + [rate_of(mine, c, of_ceiling=True) for c in limited] + [rate_of(mine, c, mode="greedy") for c in kinds] + [after_feedback(mine)]
         used += cells
-        rows.append([world, arm_label(arm), len(mine), *map(with_interval, cells)])
+        rows.append([world, arm_label(arm), len(mine), num(round(np.median([r["ledger"]["rollouts"] for r in mine]))), *map(with_interval, cells)])
     n = [episodes_of(mine, kinds[0]) for _, _, mine in groups_of(results)] if kinds else [0]
-    return table(["world", "arm", "seeds", *map(kind_words, kinds), *(f"share of the ceiling, {kind_words(c)}" for c in limited), *(f"greedy, {kind_words(c)}" for c in kinds), "after one feedback"], rows,
-        f"Cold start of the last checkpoint, temperature 1 where not greedy; n = {plots._span(n)} episodes a run on {kind_words(kinds[0]) if kinds else 'no task'}. In brackets: {interval_words(used)}. "
+    return table(["world", "arm", "seeds", "rollouts a run", *map(kind_words, kinds), *(f"share of the ceiling, {kind_words(c)}" for c in limited), *(f"greedy, {kind_words(c)}" for c in kinds), "after one feedback"], rows,
+        f"Cold start of the last checkpoint, temperature 1 where not greedy. Arms had budgets of their own: rollouts are the median over seeds; n = {plots._span(n)} episodes a run on {kind_words(kinds[0]) if kinds else 'no task'}. In brackets: {interval_words(used)}. "
         f"After one feedback: all but those tasks that failed twice, the second time with feedback in the prompt. The ceiling is what can be known: every rule, and no exception but those that training tasks reveal. {note_of(results)}.")
 
 def limit_table(results)->Block:
