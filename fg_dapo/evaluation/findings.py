@@ -545,7 +545,8 @@ def ending_table(results)->Block:
     for world, arm, mine in groups_of(results):
         cells = [rate_of(mine, c) for c in kinds] + [rate_of(mine, c, of_ceiling=True) for c in limited] + [rate_of(mine, c, mode="greedy") for c in kinds] + [after_feedback(mine)]
         used += cells
-        rows.append([world, arm_label(arm), len(mine), num(round(np.median([r["ledger"]["rollouts"] for r in mine]))), *map(with_interval, cells)])
+        spent = [n for r in mine if (n := r["ledger"].get("rollouts")) is not None]
+        rows.append([world, arm_label(arm), len(mine), num(round(np.median(spent))) if spent else "–", *map(with_interval, cells)])
     n = [episodes_of(mine, kinds[0]) for _, _, mine in groups_of(results)] if kinds else [0]
     return table(["world", "arm", "seeds", "rollouts a run", *map(kind_words, kinds), *(f"share of the ceiling, {kind_words(c)}" for c in limited), *(f"greedy, {kind_words(c)}" for c in kinds), "after one feedback"], rows,
         f"Cold start of the last checkpoint, temperature 1 where not greedy. Arms had budgets of their own: rollouts are the median over seeds; n = {plots._span(n)} episodes a run on {kind_words(kinds[0]) if kinds else 'no task'}. In brackets: {interval_words(used)}. "
@@ -556,9 +557,10 @@ def limit_table(results)->Block:
     kinds, used, rows = kinds_in(results), [], []
     for world, arm, mine in groups_of(results):
         if settings_of(mine[0]).get("algorithm.transfer.mode") != "replay": continue
-        cells = [seed_interval([r["steps"]["solved_tasks"][-1] for r in mine])] + [rate_of(mine, c) for c in kinds] + [rate_of(mine, c, of_ceiling=True) for c in kinds if c != "seen"]
+        solved = seed_interval([(r["steps"].get("solved_tasks") or [None])[-1] for r in mine])
+        cells = [rate_of(mine, c) for c in kinds] + [rate_of(mine, c, of_ceiling=True) for c in kinds if c != "seen"]
         used += cells
-        rows.append([world, arm_label(arm), len(mine), plots._span([len(r["steps"]["step"]) for r in mine]), num(round(cells[0]["mean"])), *map(with_interval, cells[1:])])
+        rows.append([world, arm_label(arm), len(mine), plots._span([len(r["steps"].get("step", ())) for r in mine]), "–" if solved["mean"] is None else num(round(solved["mean"])), *map(with_interval, cells)])
     return table(["world", "arm", "seeds", "steps", "training tasks solved", *map(kind_words, kinds), *(f"share of the ceiling, {kind_words(c)}" for c in kinds if c != "seen")], rows,
         f"Arms that replay. Solved: tasks with an entry in the buffer at the end, mean over seeds; the oracle's buffer is filled at the start with the right plan of every task. Cold start at the end, temperature 1. In brackets: {interval_words(used)}. {note_of(results)}.")
 
