@@ -232,6 +232,7 @@ def asked(evidence, *said)->Section: return section("asked", "What is asked, and
 
 def _some(results, keep): return [r for r in results if keep(r["arm"])]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #5f4a4115
 def baseline_page(ev:Evidence)->list[Section]:
     "DAPO, the matched control and the peers: what is reached without our feedback."
     def base(rs): return _some(rs, lambda a: not a.startswith(GUIDED))
@@ -272,6 +273,7 @@ def failure_page(ev:Evidence)->list[Section]:
         *(part(p, ev.confirm, ev.protocol, "failures") for p in ("failures", "removed", "rarer")),
         explored(("failures", "removed", "rarer"), ev.explore, ev.protocol, "failures")]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #0ac97942
 def results_page(ev:Evidence)->list[Section]:
     "Everything that was claimed, and what came out."
     rows = judged(ev)
@@ -303,6 +305,7 @@ LIMITS = (
     "Shuffled feedback is about other companies, and the rules of an industry are shared: it may tell something true. Empty feedback is the control without that.",
     "Seconds depend on the machine; rollouts and tokens do not.")
 
+# %% ../../nbs/evaluation/60_documents.ipynb #89d55a5b
 def second_section(ev:Evidence)->Section|None: # `None` where none was planned
     "What the first confirmation left open, asked again."
     if not (again := ev.second): return None

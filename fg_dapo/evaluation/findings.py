@@ -207,6 +207,7 @@ def episodes_of(
     "Episodes of the final evaluation."
     return max((sum(v["n"] for c, by in r["cells"].get(mode, {}).items() if companies in (None, c) for l, v in by.items() if levels is None or int(l) in levels) for r in results), default=0)
 
+# %% ../../nbs/evaluation/50_findings.ipynb #f98338b5
 def curve_points(
     results, # Of one arm in one world
     key:str, # Column of the evaluations
