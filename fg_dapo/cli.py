@@ -185,6 +185,7 @@ def warmstart(
     run(out, seed=seed, recipe=recipe, threads=threads)
     typer.echo(f"the policy is in {out}")
 
+# %% ../nbs/90_cli.ipynb #3b6080c3
 @app.command()
 def train(
     config:Annotated[Path|None, typer.Option("--config", "-c", help="YAML file; examples are in experiments/configs. Without it, the defaults.")] = None,

@@ -336,6 +336,7 @@ def host_bytes(
     on_cpu = h.gpus_per_node * max(p.total for p in phases(a, c)) if h.device == "cpu" else 0
     return (6 + h.gpus_per_node * 4 + h.agent_workers) * GB * (h.device == "cuda") + max(loading, h.gpus_per_node * kept, on_cpu)
 
+# %% ../../nbs/engines/50_plan.ipynb #8c7eceff
 def plan(
     c:RunConfig,
     guess:Guess=Guess(), # Shares for the estimate of time

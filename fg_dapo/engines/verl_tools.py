@@ -166,6 +166,7 @@ class EpisodeTool(BaseTool):
         del self.holders[instance_id]
         self.sessions.pop(instance_id, None)
 
+# %% ../../nbs/engines/40_verl_tools.ipynb #b635f5a5
 class AuthInfoFormTool(EpisodeTool):
     "`auth_info_form` for verl."
     function = "auth_info_form"

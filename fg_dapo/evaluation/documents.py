@@ -75,6 +75,7 @@ def by_verdict(rows)->list[dict]: # Groups in the protocol's order; in a group w
     groups = list(dict.fromkeys(r["group"] for r in rows))
     return sorted((dict(r, note=r["note"] if r["n"] or r["measure"] == "nothing" else "") for r in rows), key=lambda r: (groups.index(r["group"]), ORDER.index(r["verdict"])))
 
+# %% ../../nbs/evaluation/60_documents.ipynb #9a8b804c
 def ending_words(results, kind:str="training")->list[str]: # A sentence a world
     "Who ends where, in words."
     out = []

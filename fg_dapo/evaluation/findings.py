@@ -12,7 +12,7 @@ __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'MARGIN', 'PLANNED', 
            'difference_figure', 'ending_table', 'limit_table', 'level_table', 'spent_table', 'ratio_table',
            'group_table', 'points', 'difference_table', 'failure_share_table', 'effect_table', 'removal',
            'failure_change_table', 'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table',
-           'judged_over', 'tenths', 'tuned', 'tuning_table', 'ablated', 'planned_table']
+           'judged_over', 'tenths', 'tuned', 'tuning_table', 'changes_only', 'planned_table']
 
 # %% ../../nbs/evaluation/50_findings.ipynb #17603aea
 import re
@@ -419,6 +419,7 @@ def level_figure(
         fig.keys, fig.note = plots._arm_keys(styles, marker=False), note_of(results, drawn, "n: episodes a run, temperature 1")
     return fig
 
+# %% ../../nbs/evaluation/50_findings.ipynb #6b9bfb2d
 def failure_figure(results)->Figure|None: # `None` when no episode failed
     "How cold-start episodes fail at the end, side by side: one panel a world and arm."
     kinds = kinds_by_share(results)[::-1]
@@ -445,6 +446,7 @@ def failure_figure(results)->Figure|None: # `None` when no episode failed
         fig.note = note_of(every, drawn, f"cold start, n = {episodes_of(every, None)} episodes a run at most")
     return fig
 
+# %% ../../nbs/evaluation/50_findings.ipynb #8aeff07a
 BECAME = dict(solved="#3A7D44", other="#B9BEC7", same="#B3403A") # What became of a failure, and its colour
 
 def effect_figure(results)->Figure|None: # `None` without an evaluation with feedback
@@ -484,8 +486,9 @@ def changed_settings(
     reference, # Of the other
 )->dict[str, tuple[str, str]]: # Dotted key to (here, there)
     "What differs between two arms."
-    a, b = settings_of(result), settings_of(reference)
-    return {k: (a.get(k, "–"), b.get(k, "–")) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
+    return _unlike(settings_of(result), settings_of(reference))
+
+def _unlike(a, b): return {k: (a.get(k, "–"), b.get(k, "–")) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
 
 def change_words(result, reference)->str: # 'detail: observed, not full'
     "What differs between two arms, in words."
@@ -497,22 +500,26 @@ def reference_arm(
     wanted:str="fg_replay", # Taken when it is there
 )->str|None: # `None` without results
     "The arm that the others are variants of: the wanted one, else the one that differs least from all."
-    first = {a: mine[0] for a, mine in in_arms(results).items()}
-    if wanted in first or not first: return wanted if first else None
-    return min(first, key=lambda a: (sum(len(changed_settings(first[b], first[a])) for b in first), list(first).index(a)))
+    arms = in_arms(results)
+    if wanted in arms or not arms: return wanted if arms else None
+    settings = {a: settings_of(mine[0]) for a, mine in arms.items()}
+    return min(arms, key=lambda a: sum(len(_unlike(settings[b], settings[a])) for b in arms)) # The first of equals
 
+# %% ../../nbs/evaluation/50_findings.ipynb #f6cd0ed8
 def differences(
     results, # Of one purpose; any number of worlds
-    reference:str, # Arm
+    reference:str|None, # Arm; without it there are no rows
     companies:str="training",
-)->list[dict]: # world, arm, words (what was changed), and a row of `ablation_table`
+)->list[dict]: # world, arm, changed (as `changed_settings`), words (the same in words), and a row of `ablation_table`
     "The paired difference that each arm makes to the reference's cold start at the end; Holm within a world."
     out = []
     for world, rs in in_worlds(results).items():
         arms = in_arms(rs)
         if reference not in arms: continue
         rows = ablation_table(rs, reference, [a for a in arms if a != reference], lambda r: cold_rate(r, companies))
-        out += [dict(r, world=world, words=change_words(arms[r["arm"]][0], arms[reference][0])) for r in rows]
+        for r in rows:
+            pair = arms[r["arm"]][0], arms[reference][0]
+            out.append(dict(r, world=world, changed=changed_settings(*pair), words=change_words(*pair)))
     return out
 
 def difference_figure(results, reference:str)->Figure|None: # `None` when there is no pair
@@ -767,16 +774,12 @@ TOGETHER = { # What may change with it
     "algorithm.feedback_guidance.start_rollout": {"algorithm.feedback_guidance.wave_sizes"}, # A group of the same size needs other waves
     "algorithm.transfer.reexecute": {"algorithm.transfer.name_dropout"}} # The transcript as it was sampled, name and all
 
-def ablated(results, reference:str|None, key:str, value:str, kind:str="training")->list[dict]: # Rows of `differences`; empty where no arm changes only that
-    "What changing one setting to a value was worth."
-    out = []
-    for world, rs in in_worlds(results).items():
-        arms = in_arms(rs)
-        if reference not in arms: continue
-        changed = {a: {k: v for k, (v, _) in changed_settings(arms[a][0], arms[reference][0]).items()} for a in arms if a != reference}
-        only = [a for a, c in changed.items() if c.get(key) == value and set(c) <= {key} | TOGETHER.get(key, set())]
-        out += [r for r in differences(rs, reference, kind) if r["arm"] in only]
-    return out
+def changes_only(
+    row, # Of `differences`
+    key:str, # Dotted key
+)->bool:
+    "Does an arm change one setting and nothing else, but for what has to change with it?"
+    return key in row["changed"] and set(row["changed"]) <= {key} | TOGETHER.get(key, set())
 
 def planned_table(
     confirm, # Results of the confirmation
@@ -785,17 +788,19 @@ def planned_table(
     kind:str="training", # Kind of task
 )->Block: # Every planned value, measured or not
     "The planned ablations, each with what is known."
-    def shown(results, key, value):
+    def known(results):
         ref = reference_arm(results, reference)
-        rows = ablated(results, ref, key, value, kind)
-        if rows: return "; ".join(f"{r['world']}: {points(r)}, {plural(r['n'], 'pair')}" for r in rows)
-        same = [a for a, mine in in_arms(results).items() if a == ref and settings_of(mine[0]).get(key) == value]
-        return "reference" if same else ""
+        return differences(results, ref, kind), settings_of(in_arms(results)[ref][0]) if ref else {}
+    def shown(heap, key, value):
+        changes, base = heap
+        rows = [r for r in changes if changes_only(r, key) and r["changed"][key][0] == value]
+        return "; ".join(f"{r['world']}: {points(r)}, {plural(r['n'], 'pair')}" for r in rows) or ("reference" if base.get(key) == value else "")
+    confirm, *heaps = map(known, (confirm, *heaps))
     rows = []
     for name, (key, planned) in PLANNED.items():
-        seen = {v for rs in (confirm, *heaps) for r in rs if reference_arm(rs, reference) == r["arm"] or ablated(rs, reference_arm(rs, reference), key, settings_of(r).get(key)) for v in [settings_of(r).get(key)] if v}
+        seen = {v for changes, base in (confirm, *heaps) for v in (base.get(key), *(r["changed"][key][0] for r in changes if changes_only(r, key))) if v}
         for value in (*planned, *sorted(seen - set(planned))):
-            told = [x for x in dict.fromkeys(shown(rs, key, value) for rs in heaps) if x]
+            told = [x for x in dict.fromkeys(shown(h, key, value) for h in heaps) if x]
             rows.append([name, value, shown(confirm, key, value) or "not measured", "; ".join(told) or "not measured"])
     return table(["ablation", "value", "confirmation", "exploration"], rows,
         f"Difference of cold start at the end on {kind_words(kind)} to the reference arm, where an arm changes nothing else (with the number of plain rollouts, the waves that fill the group). In brackets: 95% t-interval over pairs, from two pairs on. Exploration describes, and decides nothing.")

@@ -293,6 +293,7 @@ def area(
     grid = np.unique([0.0, *x[x < upto], upto])
     return float(np.trapezoid(np.interp(grid, x, y), grid) / upto)
 
+# %% ../../nbs/evaluation/10_metrics.ipynb #bf520050
 def cold_rate(
     result:dict,
     companies:str|None="training", # seen, training, heldout, or `None` for all
@@ -305,6 +306,7 @@ def cold_rate(
     n = sum(v["n"] for v in some)
     return sum(v["solved"] for v in some) / n if n else None
 
+# %% ../../nbs/evaluation/10_metrics.ipynb #d6f466cb
 def _over(result, key, steps)->list: # Values of a per-step column within `steps` = (from, to)
     s = result.get("steps", {})
     return [v for at, v in zip(s.get("step", []), s.get(key, [])) if v is not None and steps[0] <= at <= steps[1]]
