@@ -292,6 +292,10 @@ def test_a_second_confirmation_is_reported_beside_the_first(tmp_path):
     page = page_of("RESULTS.md", e)
     text = render("RESULTS.md", page)
     assert list(page).index("second") == list(page).index("easy") + 1 and "The first left this open." in text and "10 of 12 runs are there" in text
+    for shown in (page["second"], page_of("paper_outline.md", e)["second"]): # Its criteria, and no other
+        asked = next(b.rows for b in shown.blocks if b.kind == "table" and b.head[0] == "from")
+        assert len(asked) == 2 and {r[1]: r[-1] for r in asked} == {r["text"]: r["verdict"] for r in judged(e.second)}
+    assert f"All 2 criteria of experiments/protocol_2.yaml: {verdict_counts(judged(e.second))}." in [b.text for b in page["second"].blocks]
     assert {b.name for b in figures_of(page) if "confirm_2" in b.name} and all("standard-201" in b.name for b in figures_of(page) if "confirm_2" in b.name)
     assert "second" not in page_of("RESULTS.md", evidence(FIVE))
 
