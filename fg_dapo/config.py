@@ -83,6 +83,7 @@ class TransferConfig(Section):
     reexecute:bool = Field(True, description="Play each solved task's shortest plan again with freshly drawn users")
     reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name, and other phone numbers")
+    department_dropout:Share = Field(0.0, description="In rows with an unused name, without feedback and with reexecute: share of the departments the task does not need that are not there")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
     oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")

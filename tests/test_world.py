@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 
 from fg_dapo.core import read_json, read_jsonl, rng_for, write_json, write_jsonl
 from fg_dapo.world.directory import CompanyDirectory, CompanyInfo, DepartmentInfo
-from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, generate_world, revealed, rule_solves, rules_ceiling, seen_scenarios, level_of, odd_fields, odd_path,
-    random_company, random_scenario, random_user, request_text, rule_path)
-from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, FILES, TOLERANCE, load_world, save_world, solve
+from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, department_phones, generate_world, make_task, revealed, rule_solves, rules_ceiling, ruled_company, seen_scenarios, told, told_ceiling,
+    level_of, odd_fields, odd_path, random_company, random_scenario, random_user, request_text, rule_path)
+from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, FILES, TOLERANCE, World, load_world, save_world, solve
 from fg_dapo.world.user import UserSimulator, fields_in
 from fg_dapo.world.validate import main, validate_files
 
@@ -466,3 +466,53 @@ def test_what_training_reveals_lifts_the_ceiling_of_training_companies():
     known, c = revealed(w), rules_ceiling(w)
     assert all(rule_solves(s, known=known) for s in seen_scenarios(w, "val", 100)) # Whoever knows by heart solves what was seen
     assert c["training"] < c["training_known"] < 1 and known.isdisjoint((s.company.id, d) for s in w.scenarios("test") if s.task.heldout for d in s.task.ground_truth.path)
+
+def ruled_world(lacks=()):
+    "Eight companies of each industry, without exceptions; the last two are held out. One task for every request, by users who lack nothing; those of the test by users without `lacks`."
+    rng, users, tasks = rng_for(0, "ruled"), {}, dict(train=[], val=[], test=[])
+    counts = [5 if i % 2 else 3 for i in range(32)]
+    companies = [ruled_company(rng, f"c{i}", f"Harbor {i} Co", INDUSTRIES[i // 8], i % 8 > 5, n, phones) for i, (n, phones) in enumerate(zip(counts, department_phones(rng, counts)))]
+    for c in companies:
+        for r in c.routing:
+            split, n = "test" if c.heldout else "train", len(users)
+            u = random_user(rng, f"u{n}", lacks if c.heldout else ())
+            if t := make_task(rng, c, u, r.request_type, f"t{n}", split): users[u.id] = u; tasks[split].append(t)
+    return World({c.id: c for c in companies}, users, {k: tuple(v) for k, v in tasks.items()})
+
+def test_majorities_are_the_rules_where_there_are_no_exceptions():
+    w = ruled_world()
+    routes, fields = told(w)
+    shown = {(w.companies[t.company_id].industry, t.request_type, t.ground_truth.path) for t in w.tasks["train"]}
+    rules = {(i, k): r.path_for(i) for i in INDUSTRIES for k, r in REQUESTS.items() if r.path_for(i)}
+    assert {k: p for k, p in rules.items() if (*k, p) in shown} == {k: p for k, p in routes.items() if (*k, rules[k]) in shown} and len(rules) - sum((*k, p) in shown for k, p in rules.items()) == 2 # Fraud wants so much there that it makes no task
+    assert routes.keys() == rules.keys()
+    assert fields == {k: set(v) for k, v in REQUIREMENTS.items()}
+    assert len(w.tasks["test"]) > 100 and told_ceiling(dataclasses.replace(w, tasks=w.tasks | dict(val=w.tasks["train"]))) == dict(training=1.0, heldout=1.0)
+
+def test_what_stands_in_is_told_by_users_who_lack_a_field():
+    w, (key, swap) = ruled_world(("zip_code",)), (("telecom", "Customer Service"), {"zip_code": "address"})
+    assert ALTERNATIVES[key] == swap
+    ask = [t for t in w.tasks["test"] if t.request_type == "update_address" and w.companies[t.company_id].industry == "telecom"]
+    assert len(ask) == 2 and all(t.ground_truth.missing == ("zip_code",) and t.ground_truth.ending == "served" for t in ask)
+    w = dataclasses.replace(w, tasks=w.tasks | dict(test=tuple(ask), val=w.tasks["train"]))
+    assert "address" not in told(w)[1][key] and told_ceiling(w)["heldout"] == 0
+    c = next(c for c in w.train_companies if c.industry == "telecom")
+    u = random_user(rng_for(0, "lacks"), "lacks", ("zip_code",))
+    told_now = dataclasses.replace(w, users=w.users | {u.id: u}, tasks=w.tasks | dict(train=(*w.tasks["train"], make_task(rng_for(0, "words"), c, u, "update_address", "lacks-zip"))))
+    assert told(told_now)[1][key] == {"phone_number", "zip_code", "address"} and told_ceiling(told_now)["heldout"] == 1
+
+def test_one_exception_among_many_is_outvoted():
+    w = ruled_world()
+    odd = next(c for c in w.train_companies if c.industry == "bank" and len(c.departments) == 5)
+    other = dataclasses.replace(odd, departments=tuple(dataclasses.replace(d, auth_fields=("email",), alternatives={}) for d in odd.departments),
+        routing=tuple(dataclasses.replace(r, after=tuple(reversed(r.after))) for r in odd.routing))
+    rng = rng_for(0, "again")
+    train = tuple(make_task(rng, other, w.users[t.user_id], t.request_type, t.id) if t.company_id == odd.id else t for t in w.tasks["train"])
+    w2 = dataclasses.replace(w, companies=w.companies | {odd.id: other}, tasks=w.tasks | dict(train=train))
+    assert sum(a != b for a, b in zip(train, w.tasks["train"])) == 16 and told(w2) == told(w)
+
+def test_the_training_tasks_tell_nearly_all_that_the_rules_solve():
+    for seed in (0, 1, 2):
+        w = generate_world(seed)
+        rules, tables = rules_ceiling(w), told_ceiling(w)
+        for k in ("training", "heldout"): assert 0.85 * rules[k] < tables[k] < rules[k] + 0.02

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Sample', 'task_order', 'collect', 'conditions', 'judge', 'sample_step', 'forward_logp', 'piece_size', 'pieces',
            'TrainingRow', 'stripped', 'training_rows', 'row_loss', 'TaughtRow', 'taught_rows', 'policy_logits',
-           'taught_loss', 'policy_gradient', 'to_entry', 'Replayer', 'served', 'reworded', 'renamed', 'as_at',
-           'replay_lr', 'replay_count', 'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary',
+           'taught_loss', 'policy_gradient', 'to_entry', 'Replayer', 'served', 'reworded', 'renamed', 'thinned',
+           'as_at', 'replay_lr', 'replay_count', 'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary',
            'step_metrics', 'save_checkpoint', 'checkpoints', 'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt',
            'make_sampler', 'Trainer', 'train']
 
@@ -358,7 +358,9 @@ class Replayer:
         s, p = self.scenarios[entry.task_id], entry.payload
         feedback = p["feedback"] if rng.random() < self.transfer.guided_rows else ""
         home = s
-        if rng.random() < self.transfer.name_dropout: s = renamed(s, self.unused(rng, s), rng)
+        if rng.random() < self.transfer.name_dropout:
+            if self.transfer.department_dropout and self.transfer.reexecute and not feedback: s = thinned(s, {d for d, _ in entry_plan(entry).calls}, self.transfer.department_dropout, rng)
+            s = renamed(s, self.unused(rng, s), rng)
         feedback = as_at(feedback, home, s)
         if not self.transfer.reexecute: return Transcript(self.chat.prompt(s.task.request, feedback), tuple(map(tuple, as_at(p["turns"], home, s))))
         self.reexecuted += 1
@@ -387,6 +389,20 @@ def renamed(s:Scenario, name:str, rng)->Scenario:
     task = dataclasses.replace(s.task, company_name=name, request=drop_name(s.task.request, s.company.name, name), ground_truth=truth)
     departments = tuple(dataclasses.replace(d, phone=phones[d.name]) for d in s.company.departments)
     return dataclasses.replace(s, task=task, company=dataclasses.replace(s.company, name=name, departments=departments))
+
+def thinned(
+    s:Scenario,
+    needed:set[str], # Departments that stay, beside those of the task and Customer Service
+    share:float, # Of the others that go; two departments are left at least
+    rng,
+)->Scenario:
+    "The same task at a company with fewer departments."
+    stay = needed | {"Customer Service", *s.task.ground_truth.path}
+    off = [d.name for d in s.company.departments if d.name not in stay]
+    gone = {d for d in off if rng.random() < share}
+    if len(stay) + len(off) - len(gone) < 2: gone.remove(rng.choice(sorted(gone)))
+    company = dataclasses.replace(s.company, departments=tuple(d for d in s.company.departments if d.name not in gone), routing=tuple(r for r in s.company.routing if gone.isdisjoint(r.path)))
+    return dataclasses.replace(s, company=company)
 
 def as_at(
     text, # What was said at `home`: text, or lists of texts

@@ -9,13 +9,15 @@ __all__ = ['NOT_MEASURED', 'EXPLORED', 'NOTHING_RUN', 'HEADS', 'ORDER', 'PARTS',
            'ratio_part', 'seconds_part', 'group_part', 'control_part', 'failure_part', 'removed_part', 'rarer_part',
            'reliability_part', 'stall_part', 'iqm_table', 'ablation_part', 'cost_part', 'complete', 'missing_block',
            'provenance_part', 'part', 'explored', 'status', 'asked', 'baseline_page', 'feedback_page', 'ablation_page',
-           'failure_page', 'results_page', 'second_section', 'easy_section', 'limit_section', 'tried_section',
-           'related_words', 'outline_page', 'Document', 'page_of', 'render', 'figures_of', 'write_document', 'Face',
-           'faces', 'shown_by', 'check', 'clean', 'write_notebook', 'parameters_of', 'run_notebook', 'run_all']
+           'failure_page', 'results_page', 'second_section', 'easy_section', 'told_in', 'limit_section',
+           'tried_section', 'related_words', 'outline_page', 'Document', 'page_of', 'render', 'figures_of',
+           'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean', 'write_notebook', 'parameters_of',
+           'run_notebook', 'run_all']
 
 # %% ../../nbs/evaluation/60_documents.ipynb #8c6a46e0
 import importlib.util, json, os, re, subprocess, sys, tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..core import atomic_write, read_json, to_json
@@ -25,7 +27,8 @@ from .findings import (Evidence, behaviour_table, cost_of, cost_table, curve_fig
     seeds_words, settings_of, spent_table, tenths, tuned, tuning_table)
 from .metrics import arm_iqm, claims, needs, seed_interval
 from .plots import arm_label
-from .report import Block, Section, claim_value, claims_table, items, md_block, num, plural, section, table, text, to_markdown, with_interval
+from .report import Block, Section, claim_value, claims_table, items, md_block, num, pct, plural, section, table, text, to_markdown, with_interval
+from ..world.generate import generate_world, told_ceiling
 
 # %% ../../nbs/evaluation/60_documents.ipynb #acd817ad
 NOT_MEASURED = "Not measured: there is no confirming result yet."
@@ -320,13 +323,20 @@ def easy_section(ev:Evidence)->Section:
     said = [s for ref in ("dapo", "dapo_replay") for s in difference_words(easy, "fg_replay", ref, "FG + transfer", main_kind(ev.protocol))]
     return section("easy", "The easy world, where feedback may lose", *([_words(said) or text("FG + transfer cannot be paired there."), ending_table(easy)] if easy else [text(NOT_MEASURED, "note")]))
 
+@cache
+def told_in(kind:str, seed:int)->dict[str, float]: return told_ceiling(generate_world(seed, kind)) # As `told_ceiling`
+
 def limit_section(ev:Evidence)->Section:
-    "What holds the end down: tasks that were never solved, or what replay makes of those that were."
-    some = [r for r in ev.explore if r["world"]["kind"] == "standard"]
+    "What holds the end down: tasks that were never solved, what replay makes of those that were, or what there is to know."
+    def standard(results): return [r for r in results if r["world"]["kind"] == "standard"]
+    some, confirmed = standard(ev.explore), standard([r for e in (ev, ev.second) if e for r in e.confirm])
+    tables = {w: told_in(rs[0]["world"]["kind"], rs[0]["world"]["seed"]) for w, rs in in_worlds([*some, *confirmed]).items()}
     said = ["Two limits tell what holds cold start at the end. The world's ceiling is what can be known. The oracle is what the policy and the optimizer make of the right plans of all training tasks, replayed in the same way; it is no method, because nobody has those plans.",
-        "Where an arm lies below the oracle, tasks that it never solved or solved late hold it down; where the oracle lies below the ceiling, the policy does."]
-    return section("limit", "What limits the end", text(EXPLORED, "note"), *map(text, said), *([limit_table(some)] if some else [text(NOTHING_RUN)]),
-        *([text("In the confirmations:"), limit_table(rs)] if (rs := [r for e in (ev, ev.second) if e for r in e.confirm if r["world"]["kind"] == "standard"]) else []))
+        "Where an arm lies below the oracle, tasks that it never solved or solved late hold it down; where the oracle lies below the ceiling, the policy does, or the training tasks do not tell enough.",
+        "How much they tell: two tables of majorities, read off the right plans of the training tasks (the route by industry and request, the fields by industry and department), solve "
+            + "; ".join(f"{pct(t['training'])} of new requests and {pct(t['heldout'])} of tasks at held-out companies in {w}" for w, t in tables.items()) + "."]
+    return section("limit", "What limits the end", text(EXPLORED, "note"), *map(text, said if tables else said[:2]), *([limit_table(some)] if some else [text(NOTHING_RUN)]),
+        *([text("In the confirmations:"), limit_table(confirmed)] if confirmed else []))
 
 def tried_section(ev:Evidence)->Section:
     "Every setting that was tried, chosen or not."

@@ -7,14 +7,15 @@ __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FR
            'PLAUSIBLE', 'LEVEL_MIX', 'KINDS', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS', 'AREA_CODES',
            'USER_AREA_CODES', 'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS', 'STREETS',
            'CAN_LACK', 'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'SPLITS', 'UNSEEN', 'random_name', 'RequestType',
-           'request_text', 'Kind', 'kind_named', 'kind_of', 'odd_fields', 'rule_path', 'odd_path', 'quota',
+           'request_text', 'Kind', 'kind_named', 'kind_of', 'odd_fields', 'within', 'rule_path', 'odd_path', 'quota',
            'phone_numbers', 'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields',
            'random_user', 'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs',
-           'pick', 'make_tasks', 'generate_world', 'keep_world', 'rule_solves', 'revealed', 'rules_ceiling',
-           'seen_scenarios']
+           'pick', 'make_tasks', 'generate_world', 'keep_world', 'plan_solves', 'rule_solves', 'revealed',
+           'rules_ceiling', 'seen_scenarios', 'told', 'told_ceiling']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
 import dataclasses, random, tempfile
+from collections import Counter
 from collections.abc import Collection
 from itertools import product
 from pathlib import Path
@@ -259,13 +260,20 @@ def odd_fields(
     if how != "drop": fields.append(new)
     return in_order(fields)
 
+def within(
+    path, # Departments in order
+    has, # The departments a company has
+)->tuple[str, ...]:
+    "A path with Customer Service for departments that are not there."
+    return tuple(dict.fromkeys(d if d in has else CS for d in path))
+
 def rule_path(
     request_type:str, # A key of `REQUESTS`
     industry:str, # Decides the path
     has:tuple[str, ...], # The departments the company has
 )->tuple[str, ...]: # Empty where the industry does not know the request
-    "The path by the rules, with Customer Service for departments that are not there."
-    return tuple(dict.fromkeys(d if d in has else CS for d in REQUESTS[request_type].path_for(industry)))
+    "The path by the rules."
+    return within(REQUESTS[request_type].path_for(industry), has)
 
 def odd_path(
     rng:random.Random, # Where chance comes from
@@ -584,19 +592,28 @@ def keep_world(
         return [folder / p.name for p in made]
 
 # %% ../../nbs/world/20_generate.ipynb #7f893ccf
+def plan_solves(
+    scenario:Scenario, # A task of a world
+    path:tuple[str, ...], # Departments that are called
+    form:set[str], # Fields that are asked for
+    kind:Kind, # Of that world
+)->bool:
+    "Does a plan that was made without looking solve the task? Where every user puts up with it, all fields in use are asked for."
+    truth = scenario.task.ground_truth
+    if len(spare := set(kind.fields) - form) <= min(TOLERANCE[b] for b, n in zip(BEHAVIORS, kind.behaviors) if n): form = form | spare
+    return path == truth.path and form.issuperset(truth.required_fields + truth.missing) and len(form.difference(scenario.accepted)) <= scenario.user.tolerance
+
 def rule_solves(
     scenario:Scenario, # A task of a world
     kind:str="standard", # Of that world
     known:Collection=(), # Pairs of company and department, or of company and request, whose truth is known whatever the rules say
 )->bool:
     "Do the rules alone, without the company's exceptions that are not known, solve the task?"
-    c, t, truth, k = scenario.company, scenario.task, scenario.task.ground_truth, kind_named(kind)
-    path = truth.path if (c.id, t.request_type) in known else rule_path(t.request_type, c.industry, tuple(d.name for d in c.departments))
+    c, t, k = scenario.company, scenario.task, kind_named(kind)
+    path = t.ground_truth.path if (c.id, t.request_type) in known else rule_path(t.request_type, c.industry, tuple(d.name for d in c.departments))
     form = {f for d in path for f in (dict(zip((x.name for x in c.departments), c.departments))[d].accepted if (c.id, d) in known
         else (*k.requirements[c.industry, d], *k.alternatives.get((c.industry, d), {}).values()))}
-    if len(spare := set(k.fields) - form) <= min(TOLERANCE[b] for b, n in zip(BEHAVIORS, k.behaviors) if n): form |= spare
-    superfluous = form.difference(scenario.accepted)
-    return path == truth.path and form.issuperset(truth.required_fields + truth.missing) and len(superfluous) <= scenario.user.tolerance
+    return plan_solves(scenario, path, form, k)
 
 def revealed(
     world:World,
@@ -633,3 +650,33 @@ def seen_scenarios(
         task = make_task(rng, world.companies[t.company_id], user, t.request_type, f"seen-{split}-{i:04}", split)
         return Scenario(task, world.companies[t.company_id], user)
     return [again(i, t) for i, t in enumerate(out)]
+
+# %% ../../nbs/world/20_generate.ipynb #42dcc555
+def told(
+    world:World,
+)->tuple[dict, dict]: # (industry, request) to route, and (industry, department) to the fields to ask for
+    "What the right plans of the training tasks tell about companies in general, by majority."
+    seen, wanted, instead = {}, {}, {}
+    for s in world.scenarios("train"):
+        c, t = s.company, s.task
+        seen.setdefault((c.industry, t.request_type), []).append((t.ground_truth.path, tuple(d.name for d in c.departments)))
+        if t.ground_truth.ending != "served": continue # Nobody got to hear all that was wanted
+        for d in s.path:
+            lacking = [f for f in d.auth_fields if f not in s.user.fields]
+            if lacking: instead.setdefault((c.industry, d.name), Counter()).update(d.alternatives[f] for f in lacking)
+            else: wanted.setdefault((c.industry, d.name), Counter())[d.auth_fields] += 1
+    def explains(route, plans): return sum(within(route, has) == path for path, has in plans), len(route)
+    routes = {k: max(sorted({path for path, _ in plans}), key=lambda route: explains(route, plans)) for k, plans in seen.items()}
+    return routes, {k: {*n.most_common(1)[0][0], *(f for f, _ in instead.get(k, Counter()).most_common(1))} for k, n in wanted.items()}
+
+def told_ceiling(
+    world:World,
+)->dict[str, float]: # `training` and `heldout`, as in `rules_ceiling`
+    "What the tables of `told` solve: what the training tasks let somebody know about companies that are new."
+    (routes, fields), kind, solved = told(world), kind_named(kind_of(world)), dict(training=[], heldout=[])
+    for s in (*world.scenarios("val"), *world.scenarios("test")):
+        c = s.company
+        path = within(routes.get((c.industry, s.task.request_type), ()), tuple(d.name for d in c.departments))
+        form = {f for d in path for f in fields.get((c.industry, d), ())}
+        solved["heldout" if s.task.heldout else "training"].append(plan_solves(s, path, form, kind))
+    return {k: sum(v) / len(v) for k, v in solved.items()}
