@@ -207,6 +207,8 @@ def conflicts(
          f"transfer.mode {mode!r} is a part of the policy gradient, so with weight 0 nothing is trained; set it above 0, or use replay or gated")
     rule(fb.enable and fb.guided_share > 0 and fb.start_rollout < 2 and mode == "shaped", ("algorithm.transfer.mode", f"{top}.start_rollout", f"{top}.enable", f"{top}.guided_share"),
          f"'shaped' takes mean and deviation from the plain rows of a group, and one row has none; set {top}.start_rollout to 2 or more")
+    rule(c.algorithm.transfer.department_dropout > 0 and not (c.algorithm.transfer.reexecute and c.algorithm.transfer.name_dropout), ("algorithm.transfer.department_dropout", "algorithm.transfer.reexecute", "algorithm.transfer.name_dropout"),
+         "departments are left out of re-executed rows with an unused name; set transfer.reexecute to true and transfer.name_dropout above 0, or department_dropout to 0")
     rule(c.algorithm.transfer.oracle and (mode != "replay" or not c.algorithm.transfer.reexecute), ("algorithm.transfer.oracle", "algorithm.transfer.mode", "algorithm.transfer.reexecute"),
          "the right plans are there to be replayed; set transfer.mode to replay and transfer.reexecute to true")
     return out + (_verl_conflicts(c) if c.engine == "verl" else [])

@@ -134,6 +134,11 @@ def test_an_error_names_the_override_or_the_file(tmp_path):
 def test_impossible_settings(override, words):
     assert any(words in e for e in errors(override))
 
+@pytest.mark.parametrize("missing", ["algorithm.transfer.reexecute=false", "algorithm.transfer.name_dropout=0"])
+def test_departments_are_left_out_only_where_the_name_is(missing):
+    load_config(None, ["algorithm.transfer.department_dropout=0.5"])
+    assert any("departments are left out of re-executed rows" in e for e in errors("algorithm.transfer.department_dropout=0.5", missing))
+
 # 16 tasks x 8 rollouts in 4 updates on 2 ranks, the defaults, is 32 rollouts an update and 16 a rank
 @pytest.mark.parametrize("overrides, words", [
     (["algorithm.updates=5"], "algorithm.updates: 16 tasks a step cannot be dealt out over 5 updates; use a divisor"),

@@ -14,10 +14,11 @@ from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, che
     run_notebook, shown_by, write_document)
 from fg_dapo.evaluation.findings import (Evidence, Picture, behaviour_table, cost_of, cost_table, curve_figure, curve_points, dead_groups_table, difference_figure, difference_table, differences, effect_figure,
     effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, invented_result, kind_words, kinds_in, level_figure, level_table, limit_table, pass_table_of, planned_runs,
-    planned_table, position_figure, ratio_table, reach_figure, reference_arm, removal, seeds_words, spent_table, tuned, tuning_table)
+    planned_table, position_figure, ratio_table, reach_figure, reference_arm, removal, seeds_words, spent_table, told_table, tuned, tuning_table)
 from fg_dapo.evaluation.metrics import needs
 from fg_dapo.evaluation.plots import COMPANIES, arm_label
 from fg_dapo.evaluation.report import claim_value, md_block
+from fg_dapo.world.generate import generate_world, told_ceiling, told_chance
 from fg_dapo.evaluation.synthetic import synthetic_run
 from fg_dapo.matrix import load_results, save_result
 
@@ -71,6 +72,15 @@ def test_what_limits_the_end_by_hand():
     assert cells(limit_table([*TWO, invented_result("fg_plan", changes={"algorithm.transfer.mode": "none"})]), "standard-100", "FG + replay") == ("2", "7", "7", *["70% (60 to 80)"] * 2, "78% (67 to 89)", "88% (75 to 100)") # The ceilings are .9 and .8
     assert [r[1] for r in limit_table([invented_result("fg_plan", changes={"algorithm.transfer.mode": "none"})]).rows] == [] # It replays nothing
     assert "What limits the end" in render("RESULTS.md", page_of("RESULTS.md", evidence(FIVE, TWO))) and "In the confirmations:" not in render("RESULTS.md", page_of("RESULTS.md", evidence((), TWO)))
+
+def test_what_the_training_plans_tell_stands_beside_what_was_reached():
+    t = told_table(TWO)
+    assert [r[1] for r in t.rows] == ["the rules", "training plans, by majority", "training plans, drawn as often as they occur", "FG + replay, temperature 1", "FG + replay, greedy"] # DAPO replays nothing
+    assert cells(t, "standard-100", "the rules") == ("90%", "80%") and cells(t, "standard-100", "FG + replay, temperature 1") == ("70% (60 to 80)",) * 2
+    world = generate_world(100)
+    for words, of in ("by majority", told_ceiling(world)), ("drawn as often as they occur", told_chance(world)): assert cells(t, "standard-100", f"training plans, {words}") == (f"{of['training']:.0%}", f"{of['heldout']:.0%}")
+    assert "exploration, not a result; 2 seeds" in t.text
+    with pytest.raises(ValueError, match="show them apart"): told_table([*TWO, *FIVE])
 
 def test_what_was_spent_by_hand():
     assert cells(spent_table(TWO, RULES), "standard-100", "FG + replay") == ("256 (2 of 2)", "> 768 (0 of 2)", "> 768 (0 of 2)", "> 768 (0 of 2)") # .6 is there only once

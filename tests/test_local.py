@@ -4,21 +4,25 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from fg_dapo.agent.chat import agent_turns, chat_format
 from fg_dapo.agent.scripted import best_plan
 from fg_dapo.config import ConfigError, TransferConfig, load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
 from fg_dapo.engines import local
-from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_count, replay_lr, replay_updates, row_loss, sample_step, task_order, to_entry, train, training_rows
+from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_count, replay_lr, replay_updates, row_loss, sample_step, task_order, thinned, to_entry, train, training_rows
 from fg_dapo.engines.sampler import Job, PromptTooLong
 from fg_dapo.method.replay import plan_entry
 from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, set_lr, train_tokenizer, transcribe
+from fg_dapo.world.generate import generate_world
 
 from conftest import ROOT
 
 CLI = [sys.executable, "-m", "fg_dapo.cli"]
 ENV = dict(os.environ, PYTHONPATH=str(ROOT))
+
+WORLD = generate_world(1)
 
 def entry_of(s, feedback="", lacks=()): return plan_entry(s.task.id, best_plan(s), lacks, feedback)
 
@@ -250,6 +254,33 @@ def test_replay_rows_are_plain_fresh_and_sometimes_under_another_name(small, tmp
     assert all(all(n in str(r) for n in numbers) != o for r, o in zip(rows, other)) # Another name has other numbers
     assert sum(first.phone in r.prompt for r, g, o in zip(rows, guided, other) if g and o) <= 1 < sum(first.phone in r.prompt for r, g, o in zip(rows, guided, other) if g and not o) # In the feedback too
     assert all(r.turns[-1][0].startswith("call ") for r in rows)
+
+def test_department_dropout_leaves_out_what_the_task_does_not_need(small, tmp_path):
+    c = load_config(None, [*small, "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.department_dropout=0.5", "algorithm.transfer.guided_rows=0.25"])
+    t = Trainer(c, tmp_path / "r")
+    s = next(s for s in t.scenarios if s.task.level == 3 and len(s.company.departments) == 5 and "Customer Service" in s.task.ground_truth.path)
+    off = [d.name for d in s.company.departments if d.name not in s.task.ground_truth.path]
+    t.replayer.buffer.add(entry_of(s, feedback=f"{off[0]} {s.company.department(off[0]).phone} could not help."))
+    rows = t.replayer.rows(rng_for(0, "t"), 400)
+    assert len(rows) == 400 # Each is served
+    def there(r): return sum(r.turns[0][1].count(n) for n in off)
+    thin = [r for r in rows if there(r) < 3]
+    assert all(s.company.name not in str(r) and "<|feedback|>" not in r.prompt for r in thin) # What feedback speaks of is there
+    assert all(r.turns[0][1].count(n) == 1 for r in rows for n in s.task.ground_truth.path)
+    plain = [r for r in rows if s.company.name not in str(r) and "<|feedback|>" not in r.prompt]
+    assert len(plain) > 100 and 1.2 < sum(map(there, plain)) / len(plain) < 1.8 and {there(r) for r in plain} == {0, 1, 2, 3}
+
+@given(seed=st.integers(0, 2**32), share=st.sampled_from((0.1, 0.5, 1.0)))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_thinned_company_still_serves_the_task(seed, share):
+    s = rng_for(seed, "pick").choice(WORLD.scenarios("train"))
+    other = rng_for(seed, "other").choice([d.name for d in s.company.departments])
+    t = thinned(s, {other}, share, rng_for(seed, "thin"))
+    names = [d.name for d in t.company.departments]
+    assert {other, "Customer Service", *s.task.ground_truth.path} <= set(names) and 2 <= len(names) <= len(s.company.departments)
+    assert [d for d in s.company.departments if d.name in names] == list(t.company.departments) and t.company.path(s.task.request_type) == s.company.path(s.task.request_type)
+    assert all(set(r.path) <= set(names) for r in t.company.routing) and (t.task, t.user) == (s.task, s.user)
+    if share == 1: assert set(names) == {other, "Customer Service", *s.task.ground_truth.path} or len(names) == 2
 
 def test_replay_without_reexecution_keeps_what_was_written(small, tmp_path):
     c = load_config(None, [*small, "algorithm.transfer.reexecute=false", "algorithm.transfer.name_dropout=0.0", "algorithm.transfer.guided_rows=0.0"])

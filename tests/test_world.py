@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from fg_dapo.core import read_json, read_jsonl, rng_for, write_json, write_jsonl
 from fg_dapo.world.directory import CompanyDirectory, CompanyInfo, DepartmentInfo
-from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, department_phones, generate_world, make_task, revealed, rule_solves, rules_ceiling, ruled_company, seen_scenarios, told, told_ceiling,
+from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, department_phones, generate_world, make_task, revealed, rule_solves, rules_ceiling, ruled_company, seen_scenarios, majorities, told_ceiling, told_chance,
     level_of, odd_fields, odd_path, random_company, random_scenario, random_user, request_text, rule_path)
 from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, FILES, TOLERANCE, World, load_world, save_world, solve
 from fg_dapo.world.user import UserSimulator, fields_in
@@ -481,13 +481,14 @@ def ruled_world(lacks=()):
 
 def test_majorities_are_the_rules_where_there_are_no_exceptions():
     w = ruled_world()
-    routes, fields = told(w)
+    routes, fields = majorities(w)
     shown = {(w.companies[t.company_id].industry, t.request_type, t.ground_truth.path) for t in w.tasks["train"]}
     rules = {(i, k): r.path_for(i) for i in INDUSTRIES for k, r in REQUESTS.items() if r.path_for(i)}
     assert {k: p for k, p in rules.items() if (*k, p) in shown} == {k: p for k, p in routes.items() if (*k, rules[k]) in shown} and len(rules) - sum((*k, p) in shown for k, p in rules.items()) == 2 # Fraud wants so much there that it makes no task
     assert routes.keys() == rules.keys()
     assert fields == {k: set(v) for k, v in REQUIREMENTS.items()}
     assert len(w.tasks["test"]) > 100 and told_ceiling(dataclasses.replace(w, tasks=w.tasks | dict(val=w.tasks["train"]))) == dict(training=1.0, heldout=1.0)
+    assert told_chance(dataclasses.replace(w, tasks=w.tasks | dict(val=w.tasks["train"]))) == dict(training=1.0, heldout=1.0) # There is nothing else to draw
 
 def test_what_stands_in_is_told_by_users_who_lack_a_field():
     w, (key, swap) = ruled_world(("zip_code",)), (("telecom", "Customer Service"), {"zip_code": "address"})
@@ -495,11 +496,11 @@ def test_what_stands_in_is_told_by_users_who_lack_a_field():
     ask = [t for t in w.tasks["test"] if t.request_type == "update_address" and w.companies[t.company_id].industry == "telecom"]
     assert len(ask) == 2 and all(t.ground_truth.missing == ("zip_code",) and t.ground_truth.ending == "served" for t in ask)
     w = dataclasses.replace(w, tasks=w.tasks | dict(test=tuple(ask), val=w.tasks["train"]))
-    assert "address" not in told(w)[1][key] and told_ceiling(w)["heldout"] == 0
+    assert "address" not in majorities(w)[1][key] and told_ceiling(w)["heldout"] == 0
     c = next(c for c in w.train_companies if c.industry == "telecom")
     u = random_user(rng_for(0, "lacks"), "lacks", ("zip_code",))
     told_now = dataclasses.replace(w, users=w.users | {u.id: u}, tasks=w.tasks | dict(train=(*w.tasks["train"], make_task(rng_for(0, "words"), c, u, "update_address", "lacks-zip"))))
-    assert told(told_now)[1][key] == {"phone_number", "zip_code", "address"} and told_ceiling(told_now)["heldout"] == 1
+    assert majorities(told_now)[1][key] == {"phone_number", "zip_code", "address"} and told_ceiling(told_now)["heldout"] == 1
 
 def test_one_exception_among_many_is_outvoted():
     w = ruled_world()
@@ -509,10 +510,30 @@ def test_one_exception_among_many_is_outvoted():
     rng = rng_for(0, "again")
     train = tuple(make_task(rng, other, w.users[t.user_id], t.request_type, t.id) if t.company_id == odd.id else t for t in w.tasks["train"])
     w2 = dataclasses.replace(w, companies=w.companies | {odd.id: other}, tasks=w.tasks | dict(train=train))
-    assert sum(a != b for a, b in zip(train, w.tasks["train"])) == 16 and told(w2) == told(w)
+    assert sum(a != b for a, b in zip(train, w.tasks["train"])) == 16 and majorities(w2) == majorities(w)
 
 def test_the_training_tasks_tell_nearly_all_that_the_rules_solve():
     for seed in (0, 1, 2):
         w = generate_world(seed)
         rules, tables = rules_ceiling(w), told_ceiling(w)
         for k in ("training", "heldout"): assert 0.85 * rules[k] < tables[k] < rules[k] + 0.02
+
+def test_who_draws_from_the_plans_takes_exceptions_for_rules():
+    w = ruled_world()
+    def of(split): return [t for t in w.tasks[split] if t.request_type == "update_address" and w.companies[t.company_id].industry == "telecom"]
+    train, asked = of("train"), of("test")
+    assert len(train) == 6 and len(asked) == 2 and {t.ground_truth.path for t in (*train, *asked)} == {("Customer Service",)}
+    def odd(at, **change): return {at.company_id: dataclasses.replace(w.companies[at.company_id], **change)}
+    def fields(at): return odd(at, departments=tuple(dataclasses.replace(d, auth_fields=("email",), alternatives={}) if d.name == "Customer Service" else d for d in w.companies[at.company_id].departments))
+    sold = next(t for t in train if any(d.name == "Sales" for d in w.companies[t.company_id].departments))
+    route = odd(sold, routing=tuple(dataclasses.replace(r, department="Sales", after=()) for r in w.companies[sold.company_id].routing))
+    other = next(t for t in train if t is not sold)
+    def chance(changed):
+        companies = w.companies | changed
+        plans = tuple(make_task(rng_for(0, t.id), companies[t.company_id], w.users[t.user_id], t.request_type, t.id) for t in train)
+        now = World(companies, w.users, dict(train=plans, val=tuple(train), test=tuple(asked)))
+        assert told_ceiling(now)["heldout"] == 1 # By majority nothing changes
+        return told_chance(now)["heldout"]
+    assert sum(any(d.name == "Sales" for d in w.companies[t.company_id].departments) for t in asked) == 1 # At the other company Customer Service stands in, as it should
+    assert chance({}) == 1 and chance(fields(other)) == pytest.approx(5 / 6) and chance(route) == pytest.approx((5 / 6 + 1) / 2)
+    assert chance(route | fields(other)) == pytest.approx((5 / 6 + 1) / 2 * 4 / 5) # Five plans tell the fields of Customer Service

@@ -359,7 +359,7 @@ class Replayer:
         feedback = p["feedback"] if rng.random() < self.transfer.guided_rows else ""
         home = s
         if rng.random() < self.transfer.name_dropout:
-            if self.transfer.department_dropout and self.transfer.reexecute and not feedback: s = thinned(s, {d for d, _ in entry_plan(entry).calls}, self.transfer.department_dropout, rng)
+            if self.transfer.department_dropout and not feedback: s = thinned(s, {d for d, _ in entry_plan(entry).calls}, self.transfer.department_dropout, rng)
             s = renamed(s, self.unused(rng, s), rng)
         feedback = as_at(feedback, home, s)
         if not self.transfer.reexecute: return Transcript(self.chat.prompt(s.task.request, feedback), tuple(map(tuple, as_at(p["turns"], home, s))))

@@ -9,8 +9,8 @@ __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'MARGIN', 'PLANNED', 
            'curve_points', 'windows', 'positions_of', 'failure_shares', 'kinds_by_share', 'effect_of', 'panels',
            'Picture', 'curve_figure', 'reach_figure', 'position_figure', 'gap_figure', 'level_figure', 'failure_figure',
            'effect_figure', 'settings_of', 'changed_settings', 'change_words', 'reference_arm', 'differences',
-           'difference_figure', 'ending_table', 'limit_table', 'level_table', 'spent_table', 'ratio_table',
-           'group_table', 'points', 'difference_table', 'failure_share_table', 'effect_table', 'removal',
+           'difference_figure', 'ending_table', 'limit_table', 'level_table', 'told_in', 'told_table', 'spent_table',
+           'ratio_table', 'group_table', 'points', 'difference_table', 'failure_share_table', 'effect_table', 'removal',
            'failure_change_table', 'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table',
            'judged_over', 'tenths', 'tuned', 'tuning_table', 'changes_only', 'planned_table']
 
@@ -18,7 +18,7 @@ __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'MARGIN', 'PLANNED', 
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from .metrics import (ablation_table, area, by_position, censored_ratio, check_p
     reach_table, seed_interval, success_rate)
 from .plots import COMPANIES, INTERVALS, THRESHOLDS, arm_label, arm_styles, sort_arms
 from .report import LEDGER, Block, claim_value, flatten, num, pct, plural, ratio_text, reach_text, table, with_interval
+from ..world.generate import generate_world, told_ceiling, told_chance
 
 # %% ../../nbs/evaluation/50_findings.ipynb #850af27e
 HEAPS = dict(confirm="confirmation", explore="exploration", ablate="exploration", tune="exploration") # Heap to the purpose of its results
@@ -578,6 +579,27 @@ def level_table(results, companies:str="training")->Block:
     got = [(w, a, mine, [rate_of(mine, companies, [l]) for l in levels]) for w, a, mine in groups_of(results)]
     return table(["world", "arm", "seeds", *(f"level {l}" for l in levels)], [[w, arm_label(a), len(mine), *map(with_interval, cells)] for w, a, mine, cells in got],
         f"{COMPANIES[companies][0]}. In brackets: {interval_words([i for *_, cells in got for i in cells])}. {note_of(results)}.")
+
+@cache
+def told_in(kind:str, seed:int)->tuple[dict, dict]: # `told_ceiling` and `told_chance` of a world
+    world = generate_world(seed, kind)
+    return told_ceiling(world), told_chance(world)
+
+def told_table(results)->Block:
+    "What can be solved at new requests and companies by going by the training plans, and what the last checkpoints solve there."
+    rows, used = [], []
+    for world, rs in in_worlds(results).items():
+        w = rs[0]["world"]
+        majority, drawn = told_in(w["kind"], w["seed"])
+        rows += [[world, what, *(pct(of.get(c)) for c in ("training", "heldout"))] for what, of in (("the rules", rs[0].get("ceiling") or {}), ("training plans, by majority", majority), ("training plans, drawn as often as they occur", drawn))]
+        for arm in ("oracle", "fg_replay"):
+            if mine := in_arms(rs).get(arm):
+                for words, mode in (("temperature 1", "cold"), ("greedy", "greedy")):
+                    cells = [rate_of(mine, c, mode=mode) for c in ("training", "heldout")]
+                    if any(c["mean"] is None for c in cells): continue
+                    rows.append([world, f"{arm_label(arm)}, {words}", *map(with_interval, cells)])
+                    used += cells
+    return table(["world", "who", *map(kind_words, ("training", "heldout"))], rows, f"Plans: the right ones of all training tasks; routes by industry and request, fields by industry and department. The first three rows of a world know no exception of a company. In brackets: {interval_words(used)}. {note_of(results)}.")
 
 def spent_table(
     results,

@@ -11,10 +11,10 @@ __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FR
            'phone_numbers', 'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields',
            'random_user', 'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs',
            'pick', 'make_tasks', 'generate_world', 'keep_world', 'plan_solves', 'rule_solves', 'revealed',
-           'rules_ceiling', 'seen_scenarios', 'told', 'told_ceiling']
+           'rules_ceiling', 'seen_scenarios', 'told', 'majorities', 'told_ceiling', 'told_chance']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
-import dataclasses, random, tempfile
+import dataclasses, math, random, tempfile
 from collections import Counter
 from collections.abc import Collection
 from itertools import product
@@ -654,29 +654,57 @@ def seen_scenarios(
 # %% ../../nbs/world/20_generate.ipynb #42dcc555
 def told(
     world:World,
-)->tuple[dict, dict]: # (industry, request) to route, and (industry, department) to the fields to ask for
-    "What the right plans of the training tasks tell about companies in general, by majority."
-    seen, wanted, instead = {}, {}, {}
+)->tuple[dict, dict]: # (industry, request) to (route, departments there), and (industry, department) to (fields wanted, what stood in for some), each with how many tasks
+    "What the right plans of the training tasks show of companies in general."
+    routes, fields = {}, {}
     for s in world.scenarios("train"):
-        c, t = s.company, s.task
-        seen.setdefault((c.industry, t.request_type), []).append((t.ground_truth.path, tuple(d.name for d in c.departments)))
-        if t.ground_truth.ending != "served": continue # Nobody got to hear all that was wanted
-        for d in s.path:
-            lacking = [f for f in d.auth_fields if f not in s.user.fields]
-            if lacking: instead.setdefault((c.industry, d.name), Counter()).update(d.alternatives[f] for f in lacking)
-            else: wanted.setdefault((c.industry, d.name), Counter())[d.auth_fields] += 1
-    def explains(route, plans): return sum(within(route, has) == path for path, has in plans), len(route)
-    routes = {k: max(sorted({path for path, _ in plans}), key=lambda route: explains(route, plans)) for k, plans in seen.items()}
-    return routes, {k: {*n.most_common(1)[0][0], *(f for f, _ in instead.get(k, Counter()).most_common(1))} for k, n in wanted.items()}
+        c, truth = s.company, s.task.ground_truth
+        routes.setdefault((c.industry, s.task.request_type), Counter())[truth.path, tuple(d.name for d in c.departments)] += 1
+        if truth.ending != "served": continue # Nobody got to hear all that was wanted
+        for d in s.path: fields.setdefault((c.industry, d.name), Counter())[d.auth_fields, tuple(d.alternatives[f] for f in d.auth_fields if f not in s.user.fields)] += 1
+    return routes, fields
+
+def majorities(
+    world:World,
+)->tuple[dict, dict]: # (industry, request) to route, and (industry, department) to the fields to ask for
+    "The route that explains most plans, and the fields that most of them brought."
+    routes, fields = told(world)
+    def explains(route, plans): return sum(n for (path, has), n in plans.items() if within(route, has) == path), len(route)
+    def ask(brought):
+        wanted, instead = Counter(), Counter()
+        for (fs, stood_in), n in brought.items():
+            wanted[fs] += n * (not stood_in)
+            instead.update(dict.fromkeys(stood_in, n))
+        return {*wanted.most_common(1)[0][0], *(f for f, _ in instead.most_common(1))}
+    return {k: max(sorted({path for path, _ in plans}), key=lambda route: explains(route, plans)) for k, plans in routes.items()}, {k: ask(brought) for k, brought in fields.items()}
+
+def _mean_by_place(world, solves):
+    "The mean of a number of each validation and test task, on training companies and on held-out ones."
+    got = dict(training=[], heldout=[])
+    for s in (*world.scenarios("val"), *world.scenarios("test")): got["heldout" if s.task.heldout else "training"].append(solves(s, tuple(d.name for d in s.company.departments)))
+    return {k: sum(v) / len(v) for k, v in got.items()}
 
 def told_ceiling(
     world:World,
 )->dict[str, float]: # `training` and `heldout`, as in `rules_ceiling`
-    "What the tables of `told` solve: what the training tasks let somebody know about companies that are new."
-    (routes, fields), kind, solved = told(world), kind_named(kind_of(world)), dict(training=[], heldout=[])
-    for s in (*world.scenarios("val"), *world.scenarios("test")):
-        c = s.company
-        path = within(routes.get((c.industry, s.task.request_type), ()), tuple(d.name for d in c.departments))
-        form = {f for d in path for f in fields.get((c.industry, d), ())}
-        solved["heldout" if s.task.heldout else "training"].append(plan_solves(s, path, form, kind))
-    return {k: sum(v) / len(v) for k, v in solved.items()}
+    "What somebody solves who goes by the majority of the training plans."
+    (routes, fields), kind = majorities(world), kind_named(kind_of(world))
+    def solves(s, has):
+        path = within(routes.get((s.company.industry, s.task.request_type), ()), has)
+        return plan_solves(s, path, {f for d in path for f in fields.get((s.company.industry, d), ())}, kind)
+    return _mean_by_place(world, solves)
+
+def told_chance(
+    world:World,
+)->dict[str, float]: # As `told_ceiling`
+    "What somebody solves on average who draws the route, and the fields of each department, as often as training plans have them: exceptions come up at companies that have none."
+    (routes, fields), (best, _), kind = told(world), majorities(world), kind_named(kind_of(world))
+    def solves(s, has):
+        industry, truth = s.company.industry, s.task.ground_truth.path
+        plans, route = routes.get((industry, s.task.request_type), Counter()), best.get((industry, s.task.request_type))
+        right = sum(n for (path, there), n in plans.items() if within(route if path == within(route, there) else path, has) == truth)
+        if not right: return 0.0
+        draws = product(*(fields.get((industry, d), {((), ()): 1}).items() for d in truth))
+        solved = [math.prod(n for _, n in draw) * plan_solves(s, truth, {f for parts, _ in draw for fs in parts for f in fs}, kind) for draw in draws]
+        return right / plans.total() * sum(solved) / math.prod(sum(fields.get((industry, d), {0: 1}).values()) for d in truth)
+    return _mean_by_place(world, solves)
