@@ -85,6 +85,7 @@ class TransferConfig(Section):
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name, and other phone numbers")
     department_dropout:Share = Field(0.0, description="In rows with an unused name, without feedback and with reexecute: share of the departments the task does not need that are not there")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
+    temperature:float = Field(1.0, gt=0, description="Replay fits the policy at this temperature; fitted at 2 and sampled at 1, what plans have most often comes more often still, and their exceptions less")
     oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")
     warmup_steps:int = Field(20, ge=0, description="Training steps over which the replay learning rate grows to its value")

@@ -101,11 +101,12 @@ def main():
             entry = plan_entry(s.rollout.job.scenario.task.id, best_plan(s.rollout.job.scenario), (), s.rollout.job.feedback) if reexecute else to_entry(s, False)
             replayer.buffer.add(entry)
         rows = [encode(tok, t) for t in replayer.rows(rng_for(0, "parity"), 8)]
-        with torch.no_grad(): local = replay_loss(*forward_logp(model, [i for i, _ in rows], [m for _, m in rows], tok.pad_token_id)[:2])
+        at = 2.0 if reexecute else 1.0
+        with torch.no_grad(): local = replay_loss(*forward_logp(model, [i for i, _ in rows], [m for _, m in rows], tok.pad_token_id, temperature=at)[:2])
         worker.set_loss_fn(partial(sft_loss, config=None))
-        batch = replay_batch(rows, 1e-3)
+        batch = replay_batch(rows, 1e-3, at)
         tu.pop(batch, "replay_lr")
         out = worker.infer_batch(batch)
-        print(json.dumps(dict(case=["replay", "reexecute" if reexecute else "as sampled", ""], local=float(local), verl=float(tu.get(out, "metrics")["loss"]), rows=len(rows), weight=0.0)), flush=True)
+        print(json.dumps(dict(case=["replay", "reexecute" if reexecute else "as sampled", f"temperature {at:g}"], local=float(local), verl=float(tu.get(out, "metrics")["loss"]), rows=len(rows), weight=0.0)), flush=True)
 
 if __name__ == "__main__": main()

@@ -308,6 +308,14 @@ def test_replay_teaches(small, tmp_path):
     log = replay_updates(t.model, t.opt, t.replayer, t.tok, 0, t.config)
     assert log["updates"] == 5 and loss() < before - 0.1
 
+def test_replay_fits_the_policy_at_its_temperature(small, tmp_path):
+    t = Trainer(load_config(None, [*small, "algorithm.transfer.updates=1", "algorithm.transfer.rows=4", "algorithm.transfer.warmup_steps=0", "algorithm.transfer.temperature=2"]), tmp_path / "r")
+    for s in t.scenarios[:4]: t.replayer.buffer.add(entry_of(s))
+    rows = [encode(t.tok, x) for x in t.replayer.rows(rng_for(t.config.seed, "replay", 0), 4)]
+    ids, mask = pad_rows([i for i, _ in rows], t.tok.pad_token_id), pad_rows([m for _, m in rows], 0)[:, 1:].bool()
+    with torch.no_grad(): logp = (t.model(ids).logits[:, :-1].float() / 2).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert replay_updates(t.model, t.opt, t.replayer, t.tok, 0, t.config)["replay_loss"] == pytest.approx(-float(logp[mask].mean()), rel=1e-4)
+
 def test_a_prompt_over_the_limit_is_refused_with_the_numbers(small, tmp_path):
     t = Trainer(load_config(None, [*small, "limits.max_prompt_tokens=24", "algorithm.feedback_guidance.max_feedback_tokens=8"]), tmp_path / "r")
     with pytest.raises(PromptTooLong, match=r"the limit is 24"): t.sampler.run([Job(t.scenarios[0], feedback="Billing wants pin. " * 20)])

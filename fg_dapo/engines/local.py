@@ -451,7 +451,7 @@ def replay_updates(
         tokens = sum(sum(m) for _, m in rows)
         opt.zero_grad(set_to_none=True)
         for piece in pieces(rows, lambda r: len(r[0]), piece_size(model)):
-            logp, mask, _ = forward_logp(model, [i for i, _ in piece], [m for _, m in piece], tok.pad_token_id)
+            logp, mask, _ = forward_logp(model, [i for i, _ in piece], [m for _, m in piece], tok.pad_token_id, temperature=tr.temperature)
             loss = replay_loss(logp, mask, tokens=tokens)
             loss.backward()
             sums.append(loss.item())

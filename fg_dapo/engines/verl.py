@@ -177,12 +177,13 @@ def merged(
 def replay_batch(
     rows:list[tuple[list[int], list[int]]], # Ids and mask of each
     lr:float,
+    temperature:float=1.0, # At which the policy is fitted
 )->TensorDict:
     "Stored answers as verl's workers take them: ragged rows."
     def ragged(xs): return torch.nested.as_nested_tensor([torch.tensor(x) for x in xs], layout=torch.jagged)
     ids, masks = [i for i, _ in rows], [m for _, m in rows]
     fields = dict(input_ids=ragged(ids), position_ids=ragged([list(range(len(i))) for i in ids]), loss_mask=ragged(masks))
-    return tu.get_tensordict(fields, dict(replay_lr=lr, temperature=1.0, calculate_entropy=False))
+    return tu.get_tensordict(fields, dict(replay_lr=lr, temperature=temperature, calculate_entropy=False))
 
 # %% ../../nbs/engines/46_verl.ipynb #808a816c
 @register_trainer("feedback_guided")
@@ -330,7 +331,7 @@ def replay(self:FeedbackGuidedDAPOTrainer, metrics:dict)->None:
         rows = [encode(self.tokenizer, x) for x in self.replayer.rows(rng, t.rows)]
         rows = rows[:len(rows) - len(rows) % ranks] # Every rank gets as many
         if not rows: continue
-        out = self.actor_rollout_wg.update_replay(replay_batch(rows, lr))
+        out = self.actor_rollout_wg.update_replay(replay_batch(rows, lr, t.temperature))
         losses.append(float(out["metrics"]["loss"]))
     self.numbers.update(replay_updates=len(losses), replay_loss=sum(losses) / len(losses) if losses else None)
 
