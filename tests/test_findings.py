@@ -10,7 +10,7 @@ import fg_dapo.matrix as matrix
 from fg_dapo.cli import app, explain
 from fg_dapo.config import check_config
 from fg_dapo.core import read_json, read_jsonl
-from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, check, clean, decided, figures_of, headline, judged, page_of, parameters_of, related_words, render, verdict_counts,
+from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, check, clean, decided, drawn_arms, figures_of, headline, judged, page_of, parameters_of, pictures, related_words, render, verdict_counts,
     run_notebook, shown_by, write_document)
 from fg_dapo.evaluation.findings import (Evidence, Picture, behaviour_table, cost_of, cost_table, curve_figure, curve_points, dead_groups_table, difference_figure, difference_table, differences, effect_figure,
     effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, invented_result, kind_words, kinds_in, level_figure, level_table, limit_table, pass_table_of, planned_runs,
@@ -189,6 +189,15 @@ def test_every_kind_of_task_has_its_column_and_the_protocol_says_which_one_count
     assert cells(spent_table(rs, held), "standard-100", "FG + replay")[:2] == ("256 (2 of 2)", "> 512 (0 of 2)") and kind_words("heldout") in reach_figure(rs, held).note
     for kind in COMPANIES:
         for path in DOCUMENTS: render(path, page_of(path, Evidence([], rs, rs, rs, PROTOCOL | dict(curve=PROTOCOL["curve"] | dict(companies=kind)))))
+
+def test_a_figure_shows_the_arms_that_can_be_told_apart_and_names_the_others():
+    many = [invented_result(a, 0, solved=k) for k, a in enumerate(("fg_a", "fg_b", "fg_c", "fg_d", "fg_e", "oracle"))] + TWO
+    assert drawn_arms(many) == ["dapo", "fg_replay", "fg_b", "fg_c", "fg_d", "fg_e"] # The lowest is left out, and the limit, however high
+    [p] = pictures(lambda rs: level_figure(rs), many, "x", "Success.")
+    assert p.text == "Success. Only in the tables: fg_a, oracle."
+    [p] = pictures(lambda rs: difference_figure(rs, "dapo"), many, "x", "Differences.", crowded=True)
+    assert p.text == "Differences."
+    assert drawn_arms(TWO) == ["dapo", "fg_replay"] and pictures(lambda rs: level_figure(rs), TWO, "x", "Success.")[0].text == "Success."
 
 def test_exploration_and_confirmation_are_never_shown_together():
     for f in (curve_figure, failure_figure, ending_table, cost_table):
