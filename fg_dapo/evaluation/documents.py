@@ -26,7 +26,7 @@ from .findings import (Evidence, behaviour_table, cost_of, cost_table, curve_fig
     seeds_words, settings_of, spent_table, tenths, told_table, tuned, tuning_table)
 from .metrics import arm_iqm, claims, needs, seed_interval
 from .plots import arm_label
-from .report import Block, Section, claim_value, claims_table, items, md_block, num, pct, plural, section, table, text, to_markdown, with_interval
+from .report import Block, Section, claim_value, claims_table, items, md_block, num, plural, section, table, text, to_markdown, with_interval
 
 # %% ../../nbs/evaluation/60_documents.ipynb #acd817ad
 NOT_MEASURED = "Not measured: there is no confirming result yet."
