@@ -297,26 +297,32 @@ def test_the_planned_runs_are_those_of_the_matrix():
     m = load_matrix(EXPERIMENTS / "configs/matrix_confirm.yaml")
     assert planned_runs(m.path) == tuple(f"{w.name}-{a}-s{s}" for s in m.seeds for w in m.worlds for a in w.arms) and planned_runs("none.yaml") == ()
 
-def test_a_second_confirmation_is_reported_beside_the_first(tmp_path):
+def test_later_confirmations_are_reported_beside_the_first(tmp_path):
     again = [confirmed(a, s, c, k, "standard-201") for a, c, k in (("dapo", NEVER, 2), ("fg_replay", FAST, 9)) for s in range(5)]
-    save(tmp_path, "confirm", FIVE)
-    save(tmp_path, "confirm_2", again)
-    rules = dict(PROTOCOL, why="The first left this open.", criteria=[c for c in PROTOCOL["criteria"] if c["id"] in ("dapo_30", "level_4")])
-    for name, p in (("protocol", PROTOCOL), ("protocol_2", rules)): (tmp_path / f"{name}.yaml").write_text(json.dumps(p))
+    third = [confirmed("fg_replay", s, FAST, 9, "standard-202") for s in range(5)]
+    for heap, rs in dict(confirm=FIVE, confirm_2=again, confirm_3=third).items(): save(tmp_path, heap, rs)
+    def some(why, *ids): return dict(PROTOCOL, why=why, criteria=[c for c in PROTOCOL["criteria"] if c["id"] in ids])
+    rules = dict(protocol=PROTOCOL, protocol_2=some("The first left this open.", "dapo_30", "level_4"), protocol_3=some("The second found the cause.", "level_4"))
+    for name, p in rules.items(): (tmp_path / f"{name}.yaml").write_text(json.dumps(p))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/matrix_confirm_2.yaml").write_text("seeds: [0, 1, 2, 3, 4, 5]\nworlds: [{seed: 201}]\narms: {dapo: {}, fg_replay: {}}\n")
     e = committed(tmp_path)
-    assert len(e.confirm) == 15 and len(e.second.confirm) == 10 and e.second.second is None and list(e.heaps) == ["confirm", "confirm_2", "explore", "ablate", "tune"] and len(e.second.missing) == 2
-    assert [r["id"] for r in judged(e.second)] == ["dapo_30", "level_4"] and judged(e) == judged(evidence(e.confirm)) # Nothing of the second decides the first
+    second, last = e.later["confirm_2"], e.later["confirm_3"]
+    assert list(e.later) == ["confirm_2", "confirm_3"] and not second.later and list(e.heaps) == ["confirm", "confirm_2", "confirm_3", "explore", "ablate", "tune"]
+    assert (len(e.confirm), len(second.confirm), len(second.missing), len(last.confirm), last.planned) == (15, 10, 2, 5, ())
+    assert [r["id"] for r in judged(second)] == ["dapo_30", "level_4"] and [r["id"] for r in judged(last)] == ["level_4"] and judged(e) == judged(evidence(e.confirm)) # Nothing of them decides the first
     page = page_of("RESULTS.md", e)
     text = render("RESULTS.md", page)
-    assert list(page).index("second") == list(page).index("easy") + 1 and "The first left this open." in text and "10 of 12 runs are there" in text
-    for shown in (page["second"], page_of("paper_outline.md", e)["second"]): # Its criteria, and no other
-        asked = next(b.rows for b in shown.blocks if b.kind == "table" and b.head[0] == "from")
-        assert len(asked) == 2 and {r[1]: r[-1] for r in asked} == {r["text"]: r["verdict"] for r in judged(e.second)}
-    assert f"All 2 criteria of experiments/protocol_2.yaml: {verdict_counts(judged(e.second))}." in [b.text for b in page["second"].blocks]
-    assert {b.name for b in figures_of(page) if "confirm_2" in b.name} and all("standard-201" in b.name for b in figures_of(page) if "confirm_2" in b.name)
-    assert "second" not in page_of("RESULTS.md", evidence(FIVE))
+    sections = list(page)
+    assert sections[sections.index("easy") + 1:][:2] == ["second", "third"] and "The first left this open." in text and "The second found the cause." in text and "10 of 12 runs are there" in text
+    for heap, world, id in (("confirm_2", "standard-201", "second"), ("confirm_3", "standard-202", "third")):
+        rows, counts = judged(e.later[heap]), f"experiments/protocol{heap.removeprefix('confirm')}.yaml: {verdict_counts(judged(e.later[heap]))}."
+        for shown in (page[id], page_of("paper_outline.md", e)[id]): # Its criteria, and no other
+            asked = next(b.rows for b in shown.blocks if b.kind == "table" and b.head[0] == "from")
+            assert len(asked) == len(rows) and {r[1]: r[-1] for r in asked} == {r["text"]: r["verdict"] for r in rows}
+        assert f"All {len(rows)} criteria of {counts}" in [b.text for b in page[id].blocks] and f"The {id} confirmation, its criteria in {counts}" in [b.text for b in page["claim"].blocks]
+        assert {b.name for b in figures_of(page) if heap in b.name} and all(world in b.name for b in figures_of(page) if heap in b.name)
+    assert not {"second", "third"} & set(page_of("RESULTS.md", evidence(FIVE)))
 
 # Figures as files
 

@@ -533,23 +533,26 @@ def test_a_threshold_with_an_interval_of_its_own():
 def test_a_protocol_that_cannot_decide_is_refused(change, words):
     with pytest.raises(ValueError, match=re.escape(words)): check_protocol(PROTOCOL | dict(criteria=[change]))
 
-@pytest.mark.parametrize("part", ["", "_2"])
-def test_the_protocol_quotes_its_criteria(part):
+@pytest.mark.parametrize("part,groups", [("", {"issue", "minimum", "target", "stretch", "easy world"}), ("_2", {"issue", "target", "stretch"}), ("_3", {"issue", "easy world"})])
+def test_the_protocol_quotes_its_criteria(part, groups):
     p = read_yaml((EXPERIMENTS / f"protocol{part}.yaml").read_text())
     check_protocol(p)
     assert criteria_markdown(p) in (EXPERIMENTS / "PROTOCOL.md").read_text(), "make the table anew with evaluation.metrics.criteria_markdown"
     arms = set(load_matrix(EXPERIMENTS / f"configs/matrix_confirm{part}.yaml").arms)
     assert {c[k] for c in p["criteria"] for k in ("ours", "reference") if k in c} <= arms
-    assert {c["group"] for c in p["criteria"]} == ({"issue", "target", "stretch"} if part else {"issue", "minimum", "target", "stretch", "easy world"})
+    assert {c["group"] for c in p["criteria"]} == groups
 
-def test_the_second_confirmation_decides_with_the_numbers_of_the_first():
-    first, second = (read_yaml((EXPERIMENTS / f"protocol{part}.yaml").read_text()) for part in ("", "_2"))
-    ids = [c["id"] for c in second["criteria"]]
-    assert second["criteria"] == [c for c in first["criteria"] if c["id"] in ids] and all(second[k] == first[k] for k in ("min_seeds", "curve", "early_steps", "late_steps"))
-    a, b = (load_matrix(EXPERIMENTS / f"configs/matrix_confirm{part}.yaml") for part in ("", "_2"))
-    assert a.seeds == b.seeds and a.eval_tasks == b.eval_tasks and not {w.seed for w in a.worlds} & {w.seed for w in b.worlds} and {w.kind for w in b.worlds} == {"standard"}
+@pytest.mark.parametrize("part,kinds", [("_2", ["standard"]), ("_3", ["standard", "easy"])])
+def test_a_later_confirmation_decides_with_the_numbers_of_the_first_in_worlds_of_its_own(part, kinds):
+    first, later = (read_yaml((EXPERIMENTS / f"protocol{p}.yaml").read_text()) for p in ("", part))
+    ids = [c["id"] for c in later["criteria"]]
+    assert later["criteria"] == [c for c in first["criteria"] if c["id"] in ids] and all(later[k] == first[k] for k in ("min_seeds", "curve", "early_steps", "late_steps"))
+    a, b = (load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml") for p in ("", part))
+    others = {w.seed for p in {"", "_2", "_3"} - {part} for w in load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml").worlds}
+    assert a.seeds == b.seeds and a.eval_tasks == b.eval_tasks and not others & {w.seed for w in b.worlds} and [w.kind for w in b.worlds] == kinds
     text = (EXPERIMENTS / "PROTOCOL.md").read_text()
-    assert ", ".join(f"`{k}` {c.train.steps}" for k, c in b.arms.items()) in text, "the steps of matrix_confirm_2.yaml"
+    for steps in [{k: c.train.steps for k, c in b.arms.items()}] + [{a: w.own.get(a, {}).get("train", {}).get("steps", b.arms[a].train.steps) for a in w.arms} for w in b.worlds]:
+        assert ", ".join(f"`{k}` {n}" for k, n in steps.items()) in text, f"the steps of matrix_confirm{part}.yaml"
 
 def test_the_protocols_thresholds_are_the_issues():
     c = {x["id"]: x for x in read_yaml((EXPERIMENTS / "protocol.yaml").read_text())["criteria"]}

@@ -9,10 +9,10 @@ __all__ = ['NOT_MEASURED', 'EXPLORED', 'NOTHING_RUN', 'HEADS', 'ORDER', 'SHOWN',
            'curve_part', 'ratio_part', 'seconds_part', 'group_part', 'control_part', 'failure_part', 'removed_part',
            'rarer_part', 'reliability_part', 'stall_part', 'iqm_table', 'ablation_part', 'cost_part', 'complete',
            'missing_block', 'provenance_part', 'part', 'explored', 'status', 'asked', 'baseline_page', 'feedback_page',
-           'ablation_page', 'failure_page', 'results_page', 'second_section', 'easy_section', 'limit_section',
-           'tried_section', 'related_words', 'outline_page', 'Document', 'page_of', 'render', 'figures_of',
-           'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean', 'write_notebook', 'parameters_of',
-           'run_notebook', 'run_all']
+           'ablation_page', 'failure_page', 'results_page', 'ordinal', 'protocol_name', 'later_sections',
+           'easy_section', 'limit_section', 'tried_section', 'related_words', 'outline_page', 'Document', 'page_of',
+           'render', 'figures_of', 'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean', 'write_notebook',
+           'parameters_of', 'run_notebook', 'run_all']
 
 # %% ../../nbs/evaluation/60_documents.ipynb #8c6a46e0
 import importlib.util, json, os, re, subprocess, sys, tempfile
@@ -306,17 +306,17 @@ def results_page(ev:Evidence)->list[Section]:
         section("claim", "The claim", text("Does feedback on failed rollouts, shown to later rollouts of the same group, make the policy without feedback succeed after fewer rollouts?"),
             text(f"Verdict on the claim: {decided(main)}.", "note"), few(ev), _words([claim_words(r) for r in main]),
             text(f"All {len(rows)} criteria of experiments/PROTOCOL.md: {verdict_counts(rows)}."), _words([f"{g}: {verdict_counts(rs)}." for g, rs in groups.items()]),
-            *([text(f"A second confirmation asks what the first left open, or did not meet, with more steps. Its criteria in experiments/protocol_2.yaml: {verdict_counts(judged(ev.second))}.")] if ev.second else [])),
+            *(text(f"The {ordinal(h)} confirmation, its criteria in experiments/{protocol_name(h)}: {verdict_counts(judged(e))}.") for h, e in ev.later.items())),
         section("there", "What there is", status(ev), complete(ev)),
         section("criteria", "Every criterion", claims_table(by_verdict(rows))),
         *(part(p, ev.confirm, ev.protocol, "results") for p in ("curves", "ratios", "ending", "group", "controls", "seconds", "reliability")),
         easy_section(ev),
-        second_section(ev),
+        *later_sections(ev),
         explored(("curves", "ratios", "ending", "controls"), ev.explore, ev.protocol, "results"),
         limit_section(ev),
         tried_section(ev),
         section("cost", "What it cost", *[b for heap, (purpose, rs) in ev.heaps.items() if rs for b in (text(f"{heap} ({purpose}):"), *cost_part(rs, ev.protocol, ""))] or [text(NOTHING_RUN)]),
-        part("provenance", [*ev.confirm, *(ev.second.confirm if ev.second else ())], ev.protocol, "results"),
+        part("provenance", [r for e in (ev, *ev.later.values()) for r in e.confirm], ev.protocol, "results"),
         section("limits", "Limits", items(*LIMITS))]
 
 LIMITS = (
@@ -329,12 +329,18 @@ LIMITS = (
     "Seconds depend on the machine; rollouts and tokens do not.")
 
 # %% ../../nbs/evaluation/60_documents.ipynb #89d55a5b
-def second_section(ev:Evidence)->Section|None: # `None` where none was planned
-    "What the first confirmation left open, asked again."
-    if not (again := ev.second): return None
-    rows, rs = judged(again), again.confirm
-    return section("second", "A second confirmation", text(again.protocol["why"]), complete(again), text(f"All {len(rows)} criteria of experiments/protocol_2.yaml: {verdict_counts(rows)}."), claims_table(by_verdict(rows)),
-        *[b for p in ("curves", "ratios", "ending", "seconds") for b in (text(f"{PARTS[p][0]}:"), *PARTS[p][1](rs, again.protocol, "results_confirm_2")) if rs])
+def ordinal(heap:str)->str: # confirm_2: second
+    return ("first", "second", "third", "fourth", "fifth", "sixth")[int(heap.removeprefix("confirm_")) - 1]
+
+def protocol_name(heap:str)->str: return f"protocol{heap.removeprefix('confirm')}.yaml"
+
+def later_sections(ev:Evidence)->list[Section]: # Empty where none was planned
+    "What the first confirmation left open, asked again: a section for each later one."
+    def one(heap, e):
+        rows = judged(e)
+        return section(ordinal(heap), f"The {ordinal(heap)} confirmation", text(e.protocol["why"]), complete(e), text(f"All {len(rows)} criteria of experiments/{protocol_name(heap)}: {verdict_counts(rows)}."),
+            claims_table(by_verdict(rows)), *[b for p in ("curves", "ratios", "ending", "seconds") for b in (text(f"{PARTS[p][0]}:"), *PARTS[p][1](e.confirm, e.protocol, f"results_{heap}")) if e.confirm])
+    return [one(heap, e) for heap, e in ev.later.items()]
 
 def easy_section(ev:Evidence)->Section:
     "The world in which feedback may lose."
@@ -347,7 +353,7 @@ def easy_section(ev:Evidence)->Section:
 def limit_section(ev:Evidence)->Section:
     "What holds the end down: tasks that were never solved, what replay makes of those that were, or what there is to know."
     def standard(results): return [r for r in results if r["world"]["kind"] == "standard"]
-    some, confirmed = standard(ev.explore), standard([r for e in (ev, ev.second) if e for r in e.confirm])
+    some, confirmed = standard(ev.explore), standard([r for e in (ev, *ev.later.values()) for r in e.confirm])
     said = ["Two limits tell what holds cold start at the end. The world's ceiling is what can be known. The oracle is what the policy and the optimizer make of the right plans of all training tasks, replayed in the same way; it is no method, because nobody has those plans.",
         "Where an arm lies below the oracle, tasks that it never solved or solved late hold it down; where the oracle lies below the ceiling, the policy does.",
         "Do the training tasks tell enough of requests and companies that they never showed? Going by the majority of their right plans solves nearly what the rules solve. But replay imitates plans, and one in seven departments and as many routes are exceptions: "
@@ -406,7 +412,7 @@ def outline_page(ev:Evidence)->list[Section]:
         section("protocol", "Protocol", items(*facts)),
         section("tables", "Tables to show", claims_table(by_verdict(rows)), *([ratio_table(ev.confirm, ev.protocol), ending_table(ev.confirm), difference_table(ev.confirm, "dapo_replay", main_kind(ev.protocol)), effect_table(ev.confirm)] if ev.confirm else [text(NOT_MEASURED, "note")])),
         section("ablations", "Ablations", planned_table(_some(ev.confirm, lambda a: a.startswith(GUIDED)), ev.ablate, kind=main_kind(ev.protocol))),
-        *([section("second", "The second confirmation", text(ev.second.protocol["why"]), claims_table(by_verdict(judged(ev.second))))] if ev.second else []),
+        *(section(ordinal(h), f"The {ordinal(h)} confirmation", text(e.protocol["why"]), claims_table(by_verdict(judged(e)))) for h, e in ev.later.items()),
         section("limits", "Limitations", items(*LIMITS)),
         section("related", "Related work", items(*related_words(ev)))]
 

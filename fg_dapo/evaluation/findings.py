@@ -18,7 +18,7 @@ __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'TOLD_ARMS', 'MARGIN'
 # %% ../../nbs/evaluation/50_findings.ipynb #17603aea
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -50,13 +50,13 @@ class Evidence:
     tune:list
     protocol:dict # As read from experiments/protocol.yaml
     planned:tuple = () # Names of the runs that the confirming matrix asks for
-    second:"Evidence|None" = None # A second confirmation, of other worlds under a protocol of its own; the other heaps are empty there
+    later:dict[str, "Evidence"] = field(default_factory=dict) # Later confirmations by heap (confirm_2, confirm_3, ...), each of other worlds under a protocol of its own; the other heaps are empty there
 
     @property
     def heaps(self)->dict[str, tuple[str, list]]: # Name to purpose and results
-        "All heaps, the second confirmation's among them."
-        second = dict(confirm_2=(HEAPS["confirm"], self.second.confirm)) if self.second else {}
-        return dict(confirm=(HEAPS["confirm"], self.confirm)) | second | {h: (purpose, getattr(self, h)) for h, purpose in HEAPS.items() if h != "confirm"}
+        "All heaps, those of later confirmations among them."
+        later = {h: (HEAPS["confirm"], e.confirm) for h, e in self.later.items()}
+        return dict(confirm=(HEAPS["confirm"], self.confirm)) | later | {h: (purpose, getattr(self, h)) for h, purpose in HEAPS.items() if h != "confirm"}
 
     @property
     def missing(self)->list[str]: # In the matrix's order
@@ -74,8 +74,8 @@ def planned_runs(
 
 def gather(
     load, # Folder to list of results: `matrix.load_results`
-    protocol:str|Path, # experiments/protocol.yaml; configs/matrix_confirm.yaml beside it says which runs are asked for. protocol_2.yaml and configs/matrix_confirm_2.yaml are those of a second confirmation
-    **folders, # A folder for each of `HEAPS`; one without results, or left out, is an empty heap. A second confirmation lies beside the first, in a folder whose name ends in _2
+    protocol:str|Path, # experiments/protocol.yaml; configs/matrix_confirm.yaml beside it says which runs are asked for. protocol_2.yaml and configs/matrix_confirm_2.yaml are those of a second confirmation, and so on
+    **folders, # A folder for each of `HEAPS`; one without results, or left out, is an empty heap. Later confirmations lie beside the first, in folders whose names end in _2, _3, ...
 )->Evidence: # Raises `ValueError` for a result in the wrong heap, and what `load` raises for a file it cannot read
     "Read all results."
     heaps, protocol = dict.fromkeys(HEAPS, ()), Path(protocol)
@@ -84,11 +84,12 @@ def gather(
         except FileNotFoundError: heaps[heap] = []
         for r in heaps[heap]:
             if r.get("purpose") != HEAPS[heap]: raise ValueError(f"{folder}: {r.get('name')} is a result of {r.get('purpose')!r}, and --{heap} takes those of {HEAPS[heap]!r}")
-    rules, more = read_yaml(protocol.read_text(), str(protocol)), protocol.with_name("protocol_2.yaml")
+    rules, later = read_yaml(protocol.read_text(), str(protocol)), {}
     check_protocol(rules)
-    second = gather(load, more, confirm=f"{folders['confirm']}_2") if more != protocol and more.is_file() else None
+    while (more := protocol.with_stem(f"{protocol.stem}_{len(later) + 2}")).is_file():
+        later[f"confirm_{len(later) + 2}"] = gather(load, more, confirm=f"{folders['confirm']}_{len(later) + 2}")
     matrix = protocol.parent / f"configs/matrix_confirm{protocol.stem.removeprefix('protocol')}.yaml"
-    return Evidence(**heaps, protocol=rules, planned=planned_runs(matrix), second=second)
+    return Evidence(**heaps, protocol=rules, planned=planned_runs(matrix), later=later)
 
 # %% ../../nbs/evaluation/50_findings.ipynb #3b5f5d6e
 def invented_result(
