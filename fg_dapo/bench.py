@@ -161,7 +161,7 @@ def bench_verl(
     return dict(tokens_per_s=tokens / sampling, seconds_per_step=seconds / steps, seconds_per_useful_group=seconds / kept if kept else None, groups_kept=kept, groups=sum(r["groups"] for r in measured),
         start_up_s=watch.start_up, peak_gb=watch.peak_gb, processes=watch.processes)
 
-# %% ../nbs/95_bench.ipynb #8cb427fb
+# %% ../nbs/95_bench.ipynb #15ea37a2
 def table(
     checkpoint:str|Path="data/tiny",
     data:str|Path="data",
@@ -184,18 +184,17 @@ def table(
     total = b["sample"] + b["env"] + b["update"]
     rows += [("seconds a step of 16 tasks x 8 rollouts", f"{total:.1f}", ""), *((f"  of it {k}", f"{b[k]:.2f} ({b[k] / total:.0%})", "under 5%" if k == "env" else "") for k in ("sample", "env", "update")),
         ("peak memory", f"{b['peak_gb']:.2f} GB", "under 4 GB")]
-    if verl and here: rows += verl_rows(checkpoint, data, v)
+    if verl and here: rows += verl_rows(*(bench_verl(checkpoint, data, guided) for guided in (False, True)), v)
     elif verl: rows.append(("the verl engine", "not measured: it is not installed (make env-dev)", ""))
     return rows
 
 # %% ../nbs/95_bench.ipynb #97af84dc
 def verl_rows(
-    checkpoint:str|Path,
-    data:str|Path,
+    dapo:dict, # From `bench_verl`, without feedback
+    fg:dict, # The same with feedback
     vllm:dict[str, float], # From `bench_vllm`
 )->list[tuple[str, str, str]]: # What, measured, wanted
     "The verl engine's lines of the table."
-    fg, dapo = (bench_verl(checkpoint, data, guided) for guided in (True, False))
     def group(b): return f"{b['seconds_per_useful_group']:.2f} ({b['groups_kept']} of {b['groups']} groups)" if b["groups_kept"] else f"none in {b['groups']} groups"
     both = fg["groups_kept"] and dapo["groups_kept"]
     rows = [(f"verl, {name}: sampled tokens a second, 128 episodes", f"{b['tokens_per_s']:,.0f}", "") for name, b in (("DAPO", dapo), ("guided", fg))]
@@ -207,6 +206,7 @@ def verl_rows(
     rows += [("verl: seconds to the first sampling", f"{dapo['start_up_s']:.0f} and {fg['start_up_s']:.0f}", ""), ("verl: peak memory of all processes", f"{max(fg['peak_gb'], dapo['peak_gb']):.1f} GB in {max(fg['processes'], dapo['processes'])}", "")]
     return rows
 
+# %% ../nbs/95_bench.ipynb #5a498512
 def main(argv=None):
     "Print the table."
     import argparse
@@ -220,7 +220,7 @@ def main(argv=None):
     a = p.parse_args(argv)
     if a.only_verl:
         s = bench_sampler(a.checkpoint, a.data, threads=a.threads)
-        made = verl_rows(a.checkpoint, a.data, bench_vllm(a.vllm_python or sys.executable, a.checkpoint, s, threads=a.threads))
+        made = verl_rows(*(bench_verl(a.checkpoint, a.data, guided) for guided in (False, True)), bench_vllm(a.vllm_python or sys.executable, a.checkpoint, s, threads=a.threads))
     else: made = table(a.checkpoint, a.data, a.vllm_python, a.threads, not a.no_verl)
     for what, measured, wanted in made: print(f"{what:75} {measured:>20}   {wanted}", flush=True)
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NOT_MEASURED', 'EXPLORED', 'NOTHING_RUN', 'HEADS', 'ORDER', 'SHOWN', 'PARTS', 'GUIDED', 'LIMITS', 'RELATED', 'METHOD',
            'DOCUMENTS', 'INJECTED', 'verdict_counts', 'decided', 'judged', 'headline', 'claim_words', 'few',
-           'by_verdict', 'ending_words', 'difference_words', 'removal_words', 'drawn_arms', 'pictures', 'ending_part',
-           'curve_part', 'ratio_part', 'seconds_part', 'group_part', 'control_part', 'failure_part', 'removed_part',
-           'rarer_part', 'reliability_part', 'stall_part', 'iqm_table', 'ablation_part', 'cost_part', 'complete',
-           'missing_block', 'provenance_part', 'part', 'explored', 'status', 'asked', 'baseline_page', 'feedback_page',
-           'ablation_page', 'failure_page', 'results_page', 'ordinal', 'protocol_name', 'later_sections',
-           'easy_section', 'limit_section', 'tried_section', 'related_words', 'outline_page', 'Document', 'page_of',
-           'render', 'figures_of', 'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean', 'write_notebook',
-           'parameters_of', 'run_notebook', 'run_all']
+           'by_verdict', 'ordinal', 'protocol_name', 'confirmations_table', 'ending_words', 'difference_words',
+           'removal_words', 'drawn_arms', 'pictures', 'ending_part', 'curve_part', 'ratio_part', 'seconds_part',
+           'group_part', 'control_part', 'failure_part', 'removed_part', 'rarer_part', 'reliability_part', 'stall_part',
+           'iqm_table', 'ablation_part', 'cost_part', 'complete', 'missing_block', 'provenance_part', 'part',
+           'explored', 'status', 'asked', 'baseline_page', 'feedback_page', 'ablation_page', 'failure_page',
+           'results_page', 'later_sections', 'easy_section', 'limit_section', 'tried_section', 'related_words',
+           'outline_page', 'Document', 'page_of', 'render', 'figures_of', 'write_document', 'Face', 'faces', 'shown_by',
+           'check', 'clean', 'write_notebook', 'parameters_of', 'run_notebook', 'run_all']
 
 # %% ../../nbs/evaluation/60_documents.ipynb #8c6a46e0
 import importlib.util, json, os, re, subprocess, sys, tempfile
@@ -75,6 +75,21 @@ def by_verdict(rows)->list[dict]: # Groups in the protocol's order; in a group w
     "Criteria in the order in which they are shown."
     groups = list(dict.fromkeys(r["group"] for r in rows))
     return sorted((dict(r, note=r["note"] if r["n"] or r["measure"] == "nothing" else "") for r in rows), key=lambda r: (groups.index(r["group"]), ORDER.index(r["verdict"])))
+
+def ordinal(heap:str)->str: # confirm_2: second
+    return ("first", "second", "third", "fourth", "fifth", "sixth")[int(heap.removeprefix("confirm_")) - 1]
+
+def protocol_name(heap:str)->str: return f"protocol{heap.removeprefix('confirm')}.yaml"
+
+def confirmations_table(
+    ev:Evidence,
+    groups=None, # Of the criteria that are shown: issue, minimum, target, ...; default: all
+)->Block:
+    "Every criterion with what each confirmation made of it. None changes the verdict of another."
+    asked = {ordinal(h): {r["id"]: r for r in judged(e)} for h, e in (dict(confirm_1=ev) | ev.later).items()}
+    def said(r): return "not asked" if not r else r["verdict"] if r["value"] is None else f"{r['verdict']}: {claim_value(r)}, n = {r['n']}"
+    rows = [[r["text"], needs(r), *(said(of.get(id)) for of in asked.values())] for id, r in asked["first"].items() if groups is None or r["group"] in groups]
+    return table(["criterion", "needed", *asked], rows, "Each confirmation has worlds and a protocol of its own, written down before its runs; n counts seeds, or pairs of them. 'At least': the reference had not got there when its budget ended.")
 
 # %% ../../nbs/evaluation/60_documents.ipynb #9a8b804c
 def ending_words(results, kind:str="training")->list[str]: # A sentence a world
@@ -308,7 +323,7 @@ def results_page(ev:Evidence)->list[Section]:
             text(f"All {len(rows)} criteria of experiments/PROTOCOL.md: {verdict_counts(rows)}."), _words([f"{g}: {verdict_counts(rs)}." for g, rs in groups.items()]),
             *(text(f"The {ordinal(h)} confirmation, its criteria in experiments/{protocol_name(h)}: {verdict_counts(judged(e))}.") for h, e in ev.later.items())),
         section("there", "What there is", status(ev), complete(ev)),
-        section("criteria", "Every criterion", claims_table(by_verdict(rows))),
+        section("criteria", "Every criterion", claims_table(by_verdict(rows)), *([text("What each confirmation made of it:"), confirmations_table(ev)] if ev.later else [])),
         *(part(p, ev.confirm, ev.protocol, "results") for p in ("curves", "ratios", "ending", "group", "controls", "seconds", "reliability")),
         easy_section(ev),
         *later_sections(ev),
@@ -329,11 +344,6 @@ LIMITS = (
     "Seconds depend on the machine; rollouts and tokens do not.")
 
 # %% ../../nbs/evaluation/60_documents.ipynb #89d55a5b
-def ordinal(heap:str)->str: # confirm_2: second
-    return ("first", "second", "third", "fourth", "fifth", "sixth")[int(heap.removeprefix("confirm_")) - 1]
-
-def protocol_name(heap:str)->str: return f"protocol{heap.removeprefix('confirm')}.yaml"
-
 def later_sections(ev:Evidence)->list[Section]: # Empty where none was planned
     "What the first confirmation left open, asked again: a section for each later one."
     def one(heap, e):

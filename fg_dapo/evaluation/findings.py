@@ -582,6 +582,7 @@ def level_table(results, companies:str="training")->Block:
     return table(["world", "arm", "seeds", *(f"level {l}" for l in levels)], [[w, arm_label(a), len(mine), *map(with_interval, cells)] for w, a, mine, cells in got],
         f"{COMPANIES[companies][0]}. In brackets: {interval_words([i for *_, cells in got for i in cells])}. {note_of(results)}.")
 
+# %% ../../nbs/evaluation/50_findings.ipynb #af257dc0
 TOLD_ARMS = ("oracle", "oracle_long", "oracle_sharp", "fg_replay", "fg_reading", "fg_sharp") # Shown beside what the training plans tell, where they were run
 
 @cache
@@ -605,6 +606,7 @@ def told_table(results)->Block:
                     used += cells
     return table(["world", "who", *map(kind_words, ("training", "heldout"))], rows, f"Plans: the right ones of all training tasks; routes by industry and request, fields by industry and department. The first three rows of a world know no exception of a company. In brackets: {interval_words(used)}. {note_of(results)}.")
 
+# %% ../../nbs/evaluation/50_findings.ipynb #f645012e
 def spent_table(
     results,
     protocol:dict,
@@ -616,7 +618,6 @@ def spent_table(
     return table(["world", "arm", *(f"to {t:.0%}" for t in THRESHOLDS)], [[w, arm_label(a), *(cell(got[w, a, t]) for t in THRESHOLDS)] for w, a, _ in groups_of(results)],
         f"Training {by} to a cold start on {kind_words(main_kind(protocol))}, median over seeds; in brackets how many runs got there. '>': half of the runs or more did not, and the number is the budget. {note_of(results)}.")
 
-# %% ../../nbs/evaluation/50_findings.ipynb #3bd65ff5
 def ratio_table(
     results,
     protocol:dict,
