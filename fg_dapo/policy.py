@@ -6,7 +6,7 @@
 __all__ = ['DETAIL_MIX', 'PIECES', 'Transcript', 'feedback_text', 'spoiled', 'transcribe', 'hedged', 'explored', 'demonstration',
            'train_tokenizer', 'encode', 'new_policy', 'count_parameters', 'save_policy', 'load_policy',
            'repeated_segments', 'pad_rows', 'masked_logp', 'nll', 'Demonstrations', 'WarmStart', 'cosine', 'set_lr',
-           'optimize', 'adam', 'MuonAdam', 'copy_accuracy', 'learn', 'warmstart']
+           'optimize', 'adam', 'orthogonal', 'Muon', 'MuonAdam', 'copy_accuracy', 'learn', 'warmstart']
 
 # %% ../nbs/60_policy.ipynb #194276f4
 import math, random, time
@@ -319,13 +319,40 @@ def optimize(model, opt, loss:torch.Tensor, max_norm:float=1.0)->float: # The gr
 def adam(model, lr:float, **kw): return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, **kw)
 
 # %% ../nbs/60_policy.ipynb #501dbc6a
+def orthogonal(
+    matrix:torch.Tensor, # [rows, columns], float32
+    coefficients:tuple[float, float, float], # Of the quintic polynomial
+    steps:int,
+    eps:float, # Least norm to divide by
+)->torch.Tensor: # [rows, columns]; singular values near 1
+    "The Newton-Schulz iteration of Muon (Jordan et al. 2024), in the matrix's own precision."
+    a, b, c = coefficients
+    wide = matrix.T if matrix.size(0) > matrix.size(1) else matrix
+    x = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrix else x.T
+
+class Muon(torch.optim.Muon):
+    "`torch.optim.Muon`, orthogonal in float32."
+    @torch.no_grad()
+    def step(self)->None:
+        for g in self.param_groups:
+            for p in g["params"]:
+                if p.grad is None: continue
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)).lerp_(p.grad, 1 - g["momentum"])
+                update = orthogonal(p.grad.lerp(momentum, g["momentum"]), g["ns_coefficients"], g["ns_steps"], g["eps"])
+                p.mul_(1 - g["lr"] * g["weight_decay"]).add_(update, alpha=-g["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+# %% ../nbs/60_policy.ipynb #2e05c705
 class MuonAdam:
-    "`torch.optim.Muon` for the matrices inside the layers, AdamW for all else, used as one optimizer."
+    "Muon for the matrices inside the layers, AdamW for all else, used as one optimizer."
     scale = 20.0 # Muon's learning rate by AdamW's
     def __init__(self, model, lr:float):
         inner = [p for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
         held = set(map(id, inner))
-        self.parts = (torch.optim.Muon(inner, lr=lr, weight_decay=0.0, momentum=0.95),
+        self.parts = (Muon(inner, lr=lr, weight_decay=0.0, momentum=0.95),
             torch.optim.AdamW([p for p in model.parameters() if id(p) not in held], lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
         for g in self.parts[0].param_groups: g["scale"] = self.scale
         set_lr(self, lr)
