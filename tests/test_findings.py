@@ -299,7 +299,7 @@ def test_the_planned_runs_are_those_of_the_matrix():
 
 def test_later_confirmations_are_reported_beside_the_first(tmp_path):
     again = [confirmed(a, s, c, k, "standard-201") for a, c, k in (("dapo", NEVER, 2), ("fg_replay", FAST, 9)) for s in range(5)]
-    third = [confirmed("fg_replay", s, FAST, 9, "standard-202") for s in range(5)]
+    third = [confirmed("fg_replay", s, FAST, 5, "standard-202") for s in range(5)]
     for heap, rs in dict(confirm=FIVE, confirm_2=again, confirm_3=third).items(): save(tmp_path, heap, rs)
     def some(why, *ids): return dict(PROTOCOL, why=why, criteria=[c for c in PROTOCOL["criteria"] if c["id"] in ids])
     rules = dict(protocol=PROTOCOL, protocol_2=some("The first left this open.", "dapo_30", "level_4"), protocol_3=some("The second found the cause.", "level_4"))
@@ -323,6 +323,12 @@ def test_later_confirmations_are_reported_beside_the_first(tmp_path):
         assert f"All {len(rows)} criteria of {counts}" in [b.text for b in page[id].blocks] and f"The {id} confirmation, its criteria in {counts}" in [b.text for b in page["claim"].blocks]
         assert {b.name for b in figures_of(page) if heap in b.name} and all(world in b.name for b in figures_of(page) if heap in b.name)
     assert not {"second", "third"} & set(page_of("RESULTS.md", evidence(FIVE)))
+    every = next(b for b in page["criteria"].blocks if b.kind == "table" and b.head[0] == "criterion")
+    asked = [{r["text"]: r["verdict"] for r in judged(x)} for x in (e, second, last)]
+    assert every.head == ("criterion", "needed", "first", "second", "third") and [row[0] for row in every.rows] == list(asked[0])
+    for text, _, *cells in every.rows: assert [cell.split(":")[0] for cell in cells] == [of.get(text, "not asked") for of in asked]
+    level = next(row for row in every.rows if row[0] == "level_4")
+    assert level[2:] == ("met: 90% (90 to 90), n = 5", "met: 90% (90 to 90), n = 5", "not met: 50% (50 to 50), n = 5")
 
 # Figures as files
 
