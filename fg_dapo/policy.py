@@ -341,7 +341,8 @@ class Muon(torch.optim.Muon):
         for g in self.param_groups:
             for p in g["params"]:
                 if p.grad is None: continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad)).lerp_(p.grad, 1 - g["momentum"])
+                if not self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - g["momentum"])
                 update = orthogonal(p.grad.lerp(momentum, g["momentum"]), g["ns_coefficients"], g["ns_steps"], g["eps"])
                 p.mul_(1 - g["lr"] * g["weight_decay"]).add_(update, alpha=-g["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
