@@ -368,7 +368,7 @@ def limit_section(ev:Evidence)->Section:
         "Where an arm lies below the oracle, tasks that it never solved or solved late hold it down; where the oracle lies below the ceiling, the policy does.",
         "Do the training tasks tell enough of requests and companies that they never showed? Going by the majority of their right plans solves nearly what the rules solve. But replay imitates plans, and one in seven departments and as many routes are exceptions: "
             "whoever draws from the plans as often as they occur, as a policy at temperature 1 does, takes exceptions for rules. "
-            "Replay that fits the policy at temperature 2 (transfer.temperature) lets what is frequent come more often at temperature 1, exceptions less; with departments left out (transfer.department_dropout), so that they do not tell the company, that is *_sharp."]
+            "Replay that fits the policy at temperature 2 (transfer.temperature) lets what is frequent come more often at temperature 1, exceptions less; with departments left out (transfer.department_dropout), so that they do not tell the company, that is *_sharp, and ours and the control in the third confirmation."]
     return section("limit", "What limits the end", text(EXPLORED, "note"), *map(text, said), *([limit_table(some), told_table(some)] if some else [text(NOTHING_RUN)]),
         *([text("In the confirmations:"), limit_table(confirmed), told_table(confirmed)] if confirmed else []))
 
