@@ -10,14 +10,13 @@ import fg_dapo.matrix as matrix
 from fg_dapo.cli import app, explain
 from fg_dapo.config import check_config
 from fg_dapo.core import read_json, read_jsonl
-from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, check, clean, decided, drawn_arms, figures_of, headline, judged, page_of, parameters_of, pictures, related_words, render, verdict_counts,
+from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, THEMES, check, clean, complete, confirmations_table, decided, drawn_arms, figures_of, headline, judged, ordinal, page_of, parameters_of, pictures, related_words, render, verdict_counts,
     run_notebook, shown_by, write_document)
 from fg_dapo.evaluation.findings import (Evidence, Picture, behaviour_table, cost_of, cost_table, curve_figure, curve_points, dead_groups_table, difference_figure, difference_table, differences, effect_figure,
     effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, invented_result, kind_words, kinds_in, level_figure, level_table, limit_table, pass_table_of, planned_runs,
     planned_table, position_figure, ratio_table, reach_figure, reference_arm, removal, seeds_words, spent_table, told_table, tuned, tuning_table)
-from fg_dapo.evaluation.metrics import needs
 from fg_dapo.evaluation.plots import COMPANIES, arm_label
-from fg_dapo.evaluation.report import claim_value, md_block
+from fg_dapo.evaluation.report import md_block
 from fg_dapo.world.generate import generate_world, told_ceiling, told_chance
 from fg_dapo.evaluation.synthetic import synthetic_run
 from fg_dapo.matrix import load_results, save_result
@@ -353,9 +352,16 @@ def test_committed_figures_are_small():
 # Documents in step
 
 def test_the_readme_says_what_the_result_files_say():
-    rows, readme = judged(committed()), (ROOT / "README.md").read_text()
-    assert f"Of all {len(rows)} criteria: {verdict_counts(rows)}." in readme
-    assert all(f"- {r['text']}: {claim_value(r)}. Needed: {needs(r)}." in readme for r in rows if r["verdict"] == "not met")
+    ev, readme = committed(), (ROOT / "README.md").read_text()
+    assert md_block(confirmations_table(ev, ("issue", "easy world"))) in readme
+    for heap, e in (dict(confirm_1=ev) | ev.later).items():
+        rows = judged(e)
+        assert f"- The {ordinal(heap)}: of {len(rows)} criteria {verdict_counts(rows)}. {complete(e).text}" in readme
+
+def test_every_criterion_has_one_theme_of_the_outlines_abstract():
+    ev = committed()
+    every = [c for e in (ev, *ev.later.values()) for c in e.protocol["criteria"]]
+    assert len(every) > 70 and [c["id"] for c in every if sum(of(c) for of in THEMES.values()) != 1] == []
 
 def test_the_committed_documents_are_what_the_result_files_give():
     assert check(committed(), EXPERIMENTS) == [], "fg-dapo results"
