@@ -282,6 +282,15 @@ def test_a_thinned_company_still_serves_the_task(seed, share):
     assert all(set(r.path) <= set(names) for r in t.company.routing) and (t.task, t.user) == (s.task, s.user)
     if share == 1: assert set(names) == {other, "Customer Service", *s.task.ground_truth.path} or len(names) == 2
 
+def test_a_company_is_thinned_to_two_departments_whatever_else_the_plan_names():
+    "A plan that succeeded after calling a department that is not there."
+    s = next(s for s in WORLD.scenarios("train") if s.task.ground_truth.path == ("Customer Service",) and len(s.company.departments) < 5)
+    there = {d.name for d in s.company.departments}
+    absent = next(d.name for t in WORLD.scenarios("train") for d in t.company.departments if d.name not in there)
+    for seed in range(20):
+        t = thinned(s, {absent}, 1.0, rng_for(seed, "thin"))
+        assert len(t.company.departments) == 2 and {d.name for d in t.company.departments} < there | {"Customer Service"}
+
 def test_replay_without_reexecution_keeps_what_was_written(small, tmp_path):
     c = load_config(None, [*small, "algorithm.transfer.reexecute=false", "algorithm.transfer.name_dropout=0.0", "algorithm.transfer.guided_rows=0.0"])
     t = Trainer(c, tmp_path / "r")
