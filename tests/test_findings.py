@@ -301,7 +301,7 @@ def test_later_confirmations_are_reported_beside_the_first(tmp_path):
     third = [confirmed("fg_replay", s, FAST, 5, "standard-202") for s in range(5)]
     for heap, rs in dict(confirm=FIVE, confirm_2=again, confirm_3=third).items(): save(tmp_path, heap, rs)
     def some(why, *ids): return dict(PROTOCOL, why=why, criteria=[c for c in PROTOCOL["criteria"] if c["id"] in ids])
-    rules = dict(protocol=PROTOCOL, protocol_2=some("The first left this open.", "dapo_30", "level_4"), protocol_3=some("The second found the cause.", "level_4"))
+    rules = dict(protocol=PROTOCOL, protocol_2=some("The first left this open.", "dapo_30", "level_4"), protocol_3=some("The second found the cause.", "level_4") | dict(deviation="A run died."))
     for name, p in rules.items(): (tmp_path / f"{name}.yaml").write_text(json.dumps(p))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/matrix_confirm_2.yaml").write_text("seeds: [0, 1, 2, 3, 4, 5]\nworlds: [{seed: 201}]\narms: {dapo: {}, fg_replay: {}}\n")
@@ -319,6 +319,7 @@ def test_later_confirmations_are_reported_beside_the_first(tmp_path):
         for shown in (page[id], page_of("paper_outline.md", e)[id]): # Its criteria, and no other
             asked = next(b.rows for b in shown.blocks if b.kind == "table" and b.head[0] == "from")
             assert len(asked) == len(rows) and {r[1]: r[-1] for r in asked} == {r["text"]: r["verdict"] for r in rows}
+            assert [b.text for b in shown.blocks if b.text.startswith("Otherwise than written")] == (["Otherwise than written: A run died."] if id == "third" else [])
         assert f"All {len(rows)} criteria of {counts}" in [b.text for b in page[id].blocks] and f"The {id} confirmation, its criteria in {counts}" in [b.text for b in page["claim"].blocks]
         assert {b.name for b in figures_of(page) if heap in b.name} and all(world in b.name for b in figures_of(page) if heap in b.name)
     assert not {"second", "third"} & set(page_of("RESULTS.md", evidence(FIVE)))

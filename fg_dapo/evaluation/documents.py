@@ -10,10 +10,10 @@ __all__ = ['NOT_MEASURED', 'EXPLORED', 'NOTHING_RUN', 'HEADS', 'ORDER', 'SHOWN',
            'group_part', 'control_part', 'failure_part', 'removed_part', 'rarer_part', 'reliability_part', 'stall_part',
            'iqm_table', 'ablation_part', 'cost_part', 'complete', 'missing_block', 'provenance_part', 'part',
            'explored', 'status', 'asked', 'baseline_page', 'feedback_page', 'ablation_page', 'failure_page',
-           'results_page', 'later_sections', 'easy_section', 'easy_again', 'limit_section', 'tried_section',
-           'related_words', 'themes_table', 'outline_page', 'Document', 'page_of', 'render', 'figures_of',
-           'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean', 'write_notebook', 'parameters_of',
-           'run_notebook', 'run_all']
+           'results_page', 'why_blocks', 'later_sections', 'easy_section', 'easy_again', 'limit_section',
+           'tried_section', 'related_words', 'themes_table', 'outline_page', 'Document', 'page_of', 'render',
+           'figures_of', 'write_document', 'Face', 'faces', 'shown_by', 'check', 'clean', 'write_notebook',
+           'parameters_of', 'run_notebook', 'run_all']
 
 # %% ../../nbs/evaluation/60_documents.ipynb #8c6a46e0
 import importlib.util, json, os, re, subprocess, sys, tempfile
@@ -347,11 +347,15 @@ LIMITS = (
     "Seconds depend on the machine; rollouts and tokens do not.")
 
 # %% ../../nbs/evaluation/60_documents.ipynb #89d55a5b
+def why_blocks(e:Evidence)->list[Block]:
+    "Why a later confirmation was made, and what was done in it otherwise than written."
+    return [text(e.protocol["why"]), *([text(f"Otherwise than written: {said}", "note")] if (said := e.protocol.get("deviation")) else [])]
+
 def later_sections(ev:Evidence)->list[Section]: # Empty where none was planned
     "What the first confirmation left open, asked again: a section for each later one."
     def one(heap, e):
         rows = judged(e)
-        return section(ordinal(heap), f"The {ordinal(heap)} confirmation", text(e.protocol["why"]), complete(e), text(f"All {len(rows)} criteria of experiments/{protocol_name(heap)}: {verdict_counts(rows)}."),
+        return section(ordinal(heap), f"The {ordinal(heap)} confirmation", *why_blocks(e), complete(e), text(f"All {len(rows)} criteria of experiments/{protocol_name(heap)}: {verdict_counts(rows)}."),
             claims_table(by_verdict(rows)), *[b for p in ("curves", "ratios", "ending", "seconds") for b in (text(f"{PARTS[p][0]}:"), *PARTS[p][1](e.confirm, e.protocol, f"results_{heap}")) if e.confirm])
     return [one(heap, e) for heap, e in ev.later.items()]
 
@@ -448,7 +452,7 @@ def outline_page(ev:Evidence)->list[Section]:
         section("protocol", "Protocol", items(*facts)),
         section("tables", "Tables to show", claims_table(by_verdict(rows)), *([ratio_table(ev.confirm, ev.protocol), ending_table(ev.confirm), difference_table(ev.confirm, "dapo_replay", main_kind(ev.protocol)), effect_table(ev.confirm)] if ev.confirm else [text(NOT_MEASURED, "note")])),
         section("ablations", "Ablations", planned_table(_some(ev.confirm, lambda a: a.startswith(GUIDED)), ev.ablate, kind=main_kind(ev.protocol))),
-        *(section(ordinal(h), f"The {ordinal(h)} confirmation", text(e.protocol["why"]), claims_table(by_verdict(judged(e)))) for h, e in ev.later.items()),
+        *(section(ordinal(h), f"The {ordinal(h)} confirmation", *why_blocks(e), claims_table(by_verdict(judged(e)))) for h, e in ev.later.items()),
         section("limits", "Limitations", items(*LIMITS)),
         section("related", "Related work", items(*related_words(ev)))]
 
