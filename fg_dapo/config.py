@@ -65,8 +65,8 @@ class FeedbackConfig(Section):
     llm:LLMConfig = Field(LLMConfig(), description="The language model, when use_llm_enhancement is true")
     detail:Literal["hint", "observed", "full"] = Field("observed",
         description="How much feedback tells: hint (kind of failure) | observed (what the episode revealed) | full (the answer)")
-    content:Literal["real", "shuffled", "empty"] = Field("real",
-        description="What stands in a guided prompt: real | shuffled (as many critiques, of tasks of other companies: a control) | empty (a text of the same length that says nothing: a control)")
+    content:Literal["real", "shuffled", "foreign", "empty"] = Field("real",
+        description="What stands in a guided prompt: real | shuffled (as many critiques, of tasks of other companies: a control) | foreign (of other industries: a control) | empty (a text of the same length that says nothing: a control)")
     wave_sizes:Annotated[tuple[Count, ...], Field(min_length=1)] = Field((2, 4), description="Sizes of the waves after the plain rollouts; [1] is one after the other")
     guided_share:Share = Field(1.0, description="Share of the groups that get feedback; the rest is sampled plain")
     stop_after_successes:Count|None = Field(None, description="Sample no further wave of a group that has this many successes; null never stops")
@@ -84,6 +84,7 @@ class TransferConfig(Section):
     reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name, and other phone numbers")
     department_dropout:Share = Field(0.0, description="In rows with an unused name, without feedback and with reexecute: share of the departments the task does not need that are not there")
+    lacking:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, whose fresh user lacks a field; above 0, plans also ask for what stood in for a lacking field in other plans, where a trial shows that the company takes it")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
     temperature:float = Field(1.0, gt=0, description="Replay fits the policy at this temperature; fitted at 2 and sampled at 1, what plans have most often comes more often still, and their exceptions less")
     oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
@@ -210,6 +211,8 @@ def conflicts(
          f"'shaped' takes mean and deviation from the plain rows of a group, and one row has none; set {top}.start_rollout to 2 or more")
     rule(c.algorithm.transfer.department_dropout > 0 and not (c.algorithm.transfer.reexecute and c.algorithm.transfer.name_dropout), ("algorithm.transfer.department_dropout", "algorithm.transfer.reexecute", "algorithm.transfer.name_dropout"),
          "departments are left out of re-executed rows with an unused name; set transfer.reexecute to true and transfer.name_dropout above 0, or department_dropout to 0")
+    rule(c.algorithm.transfer.lacking > 0 and not c.algorithm.transfer.reexecute, ("algorithm.transfer.lacking", "algorithm.transfer.reexecute"),
+         "only re-executed rows have a fresh user who can lack a field; set transfer.reexecute to true, or lacking to 0")
     rule(c.algorithm.transfer.oracle and (mode != "replay" or not c.algorithm.transfer.reexecute), ("algorithm.transfer.oracle", "algorithm.transfer.mode", "algorithm.transfer.reexecute"),
          "the right plans are there to be replayed; set transfer.mode to replay and transfer.reexecute to true")
     return out + (_verl_conflicts(c) if c.engine == "verl" else [])

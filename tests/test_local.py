@@ -1,21 +1,22 @@
 "The local engine: what it samples, what it trains on, and that nothing is lost when it is stopped."
 import os, resource, signal, subprocess, sys, time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from fg_dapo.agent.chat import agent_turns, chat_format
-from fg_dapo.agent.scripted import best_plan
+from fg_dapo.agent.scripted import best_plan, follow, play
 from fg_dapo.config import ConfigError, TransferConfig, load_config
 from fg_dapo.core import read_json, read_jsonl, rng_for
 from fg_dapo.engines import local
 from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_count, replay_lr, replay_updates, row_loss, sample_step, task_order, thinned, to_entry, train, training_rows
 from fg_dapo.engines.sampler import Job, PromptTooLong
-from fg_dapo.method.replay import plan_entry
+from fg_dapo.method.replay import entry_plan, for_user, plan_entry, told_fields, wider
 from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, set_lr, train_tokenizer, transcribe
-from fg_dapo.world.generate import generate_world
+from fg_dapo.world.generate import generate_world, random_user
 
 from conftest import ROOT
 
@@ -305,6 +306,74 @@ def test_a_told_ending_is_replayed_with_a_user_who_lacks_the_field(small, tmp_pa
     t.replayer.buffer.add(entry_of(s, lacks=s.task.ground_truth.missing))
     rows = t.replayer.rows(rng_for(0, "t"), 20)
     assert rows and all(r.turns[-1][0].startswith("tell ") for r in rows)
+
+# Stand-ins
+
+LACKING = ["algorithm.transfer.lacking=0.5", "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.department_dropout=0.5", "algorithm.transfer.guided_rows=0.25"]
+
+def test_stand_ins_are_what_the_company_takes_instead_and_nothing_else(small, tmp_path):
+    t = Trainer(load_config(None, [*small, *LACKING, "data.folder=data"]), tmp_path / "r")
+    t.replayer.fill()
+    t.replayer.widen()
+    first, found = t.replayer.reexecuted, 0
+    told = told_fields(t.replayer.buffer, t.replayer.scenarios)
+    for e in t.replayer.buffer:
+        s, plan = t.replayer.scenarios[e.task_id], entry_plan(e)
+        for d, fields in plan.calls:
+            stand_ins = e.payload.get("stand_ins", {}).get(d, [])
+            assert set(stand_ins) <= set(s.accepted) - set(fields) # Nothing superfluous
+            of_use = set(s.company.department(d).accepted) - set(fields)
+            assert of_use & told[s.company.industry, d] <= set(stand_ins) # All that was told elsewhere and is of use here
+            found += bool(of_use & set(stand_ins))
+        wide = wider(plan, e.payload.get("stand_ins", {}))
+        assert set(plan.form) <= set(wide.form) <= set(s.accepted)
+        if s.task.ground_truth.ending == "served": # Whoever has everything is served as before, however impatient
+            u = for_user(s, random_user(rng_for(0, e.task_id), behavior="difficult"))
+            assert play(follow(wide, s.company.name), u).success
+    assert found > 100 and first == sum(len(v) for e in t.replayer.buffer for v in e.payload.get("tried", {}).values())
+    t.replayer.widen()
+    assert t.replayer.reexecuted == first # Nothing is tried twice
+
+def test_rows_with_lacking_users_end_as_is_right_for_them(small, tmp_path):
+    t = Trainer(load_config(None, [*small, *LACKING]), tmp_path / "r")
+    s = next(s for s in t.scenarios if s.task.level == 2 and s.path[0].alternatives)
+    (lacked, other), = s.path[0].alternatives.items()
+    e = entry_of(s, feedback="Billing wants: pin.")
+    t.replayer.buffer.add(replace(e, payload=e.payload | dict(stand_ins={s.path[0].name: [other]})))
+    rows = t.replayer.rows(rng_for(0, "t"), 300)
+    guided = [r for r in rows if "<|feedback|>" in r.prompt]
+    plain = [r for r in rows if "<|feedback|>" not in r.prompt]
+    assert len(guided) > 40 and all(r.turns[-1][0].startswith("call ") and f"{other}=" not in r.turns[1][1] for r in guided) # As found
+    assert all(f"{other}=" in r.turns[1][1] for r in plain) # The wide plan
+    told = [r for r in plain if r.turns[-1][0].startswith("tell ")]
+    instead = [r for r in plain if f"{lacked}=none" in r.turns[1][1]]
+    assert len(told) > 20 and len(instead) > 5 and not set(map(str, told)) & set(map(str, instead))
+    for r in plain:
+        none = [x.split("=")[0] for x in r.turns[1][1].split("<|tool|> ")[1].split("<|act|>")[0].split("; ") if x.endswith("=none")]
+        assert len(none) <= 1 and (r in told) == (bool(none) and none[0] not in (lacked, other))
+        if r not in told: assert "none" not in r.turns[-1][0]
+
+def test_plans_are_as_they_were_without_lacking(small, tmp_path):
+    t = Trainer(load_config(None, small), tmp_path / "r")
+    for s in t.scenarios[:20]: t.replayer.buffer.add(entry_of(s))
+    before = t.replayer.buffer.state_dict()
+    t.replayer.widen()
+    assert t.replayer.buffer.state_dict() == before and t.replayer.reexecuted == 0
+
+def test_what_was_tried_survives_a_restart(small, tmp_path):
+    c = load_config(None, [*small, *LACKING])
+    t = Trainer(c, tmp_path / "r")
+    for s in t.scenarios: t.replayer.buffer.add(entry_of(s))
+    t.train_step()
+    t.save()
+    again = Trainer(c, tmp_path / "r")
+    again.replayer.widen()
+    assert again.replayer.reexecuted == 0 and again.replayer.buffer.state_dict() == t.replayer.buffer.state_dict()
+    assert any(e.payload.get("stand_ins") for e in again.replayer.buffer)
+    assert str(again.replayer.rows(rng_for(3, "t"), 20)) == str(t.replayer.rows(rng_for(3, "t"), 20))
+
+def test_lacking_needs_reexecution(small):
+    with pytest.raises(ConfigError, match="only re-executed rows have a fresh user who can lack a field; set transfer.reexecute to true, or lacking to 0"): load_config(None, [*small, "algorithm.transfer.lacking=0.2", "algorithm.transfer.reexecute=false"])
 
 def test_replay_teaches(small, tmp_path):
     t = Trainer(load_config(None, [*small, "algorithm.transfer.updates=5", "algorithm.transfer.rows=8", "algorithm.transfer.warmup_steps=0"]), tmp_path / "r")

@@ -59,15 +59,16 @@ def follow(
     plan:Plan,
     company_name:str, # Whom to search for
     note:bool=True, # State the plan in words before the form, as the demonstrations do
+    instead:bool=False, # Call without the fields the user lacks: others of the plan stand in for them
 )->Iterator[Turn]: # Sent the list of replies after each turn
     "Search, fill in the form, call the departments in order; tell the user about a missing field."
     replies = yield call("search_company", company_name=company_name)
     phones = {d["name"]: d["phone"] for d in replies[0].data.get("departments", ())}
     replies = yield call("auth_info_form", str(plan) if note else "", fields=list(plan.form))
     values = replies[0].data.get("values", {})
-    if missing := [f for f, v in values.items() if v is None]: yield Turn("tell " + ", ".join(missing))
+    if not instead and (missing := [f for f, v in values.items() if v is None]): yield Turn("tell " + ", ".join(missing))
     for name, fields in plan.calls:
-        yield call("make_phone_call", phone_number=phones.get(name, ""), auth_info={f: values[f] for f in fields if f in values})
+        yield call("make_phone_call", phone_number=phones.get(name, ""), auth_info={f: values[f] for f in fields if values.get(f) is not None})
 
 def play(
     turns:Iterator[Turn], # A policy at work

@@ -13,6 +13,7 @@ __all__ = ['Sample', 'task_order', 'collect', 'conditions', 'judge', 'sample_ste
 # %% ../../nbs/engines/20_local.ipynb #ce5c60d3
 import dataclasses, math, os, re, resource, shutil, signal, sys, time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +33,11 @@ from ..method.llm_feedback import make_generator
 from ..method.groups import Group, Ledger, choose_guided, plan_waves
 from ..method.objective import dapo_loss, filter_counts, group_advantages, importance_weights, keep_groups, overlong_penalty, replay_loss
 from ..method.peers import choose_injected, choose_teachers, gate_rows, js_divergence, shaped_advantages, shaped_loss
-from ..method.replay import Entry, ReplayBuffer, drop_name, entry_plan, plan_entry
+from ..method.replay import Entry, ReplayBuffer, drop_name, entry_plan, find_stand_ins, for_user, plan_entry, told_fields, wider
 from ..method.reward import result_of
 from ..policy import MuonAdam, Transcript, adam, encode, load_policy, masked_logp, pad_rows, save_policy, set_lr, transcribe
 from ..world.directory import CompanyDirectory
-from ..world.generate import department_phones, random_name, random_user, request_text, seen_scenarios
+from ..world.generate import CAN_LACK, department_phones, random_name, random_user, request_text, seen_scenarios
 from ..world.records import Scenario, World, load_world
 
 # %% ../../nbs/engines/20_local.ipynb #6c253657
@@ -84,7 +85,7 @@ def collect(
     def count(text): return len(sampler.encode(text))
     def critiques(g:Group, p:int, wave:int): # What a prompt says of earlier attempts
         out, s = accumulate(g.critiques_for(p), fb.accumulation_mode, fb.max_feedback_tokens, count), scenarios[g.index]
-        return control(out, s.task.id, s.company.name, step, first + g.index, wave) if control else out
+        return control(out, s.task.id, s.company.name, step, first + g.index, wave, industry=s.company.industry) if control else out
     def jobs(g:Group)->list[Job]:
         ready = g.ready()
         return [Job(scenarios[g.index], shown(critiques(g, p, ready[0]), sampler.chat), (g.index, p)) for p in ready]
@@ -92,7 +93,8 @@ def collect(
         i, p = r.job.tag
         result = result_of(r.episode, generate, r.text)
         groups[i].record(p, result["score"], result["acc"], result["feedback"])
-        if control and result["acc"] < 1 and result["feedback"]: control.note(Failure(scenarios[i].task.id, scenarios[i].company.name, result["score"], result["feedback"]))
+        company = scenarios[i].company
+        if control and result["acc"] < 1 and result["feedback"]: control.note(Failure(scenarios[i].task.id, company.name, result["score"], result["feedback"], company.industry))
         out.append(Sample(r, first + i, p, bool(r.job.feedback), count(r.job.feedback), result))
         return jobs(groups[i])
     sampler.run([j for g in groups for j in jobs(g)], seed_for(config.seed, "sample", step, *more), on_done)
@@ -365,9 +367,27 @@ class Replayer:
         if not self.transfer.reexecute: return Transcript(self.chat.prompt(s.task.request, feedback), tuple(map(tuple, as_at(p["turns"], home, s))))
         self.reexecuted += 1
         if self.transfer.reword: s = reworded(s, rng)
+        if self.transfer.lacking and not feedback: return self.wide_row(rng, entry, s)
         s = dataclasses.replace(s, user=random_user(rng, lacks=tuple(p["lacks"])))
         episode, transcript = transcribe(entry_plan(entry), s, self.chat, feedback)
         return transcript if served(episode) else None
+    def widen(self)->None:
+        "Look for stand-ins, where there are plans that have not been tried with all that is known."
+        if not self.transfer.lacking: return
+        told = told_fields(self.buffer, self.scenarios)
+        for e in list(self.buffer):
+            new, trials = find_stand_ins(e, self.scenarios[e.task_id], told, rng_for(0, "stand-ins", e.task_id))
+            self.reexecuted += trials
+            if trials: self.buffer.update(new)
+    def wide_row(self, rng, entry:Entry, s:Scenario)->Transcript|None:
+        "The plan with its stand-ins, for a user who may lack a field: they serve, or telling the user is right."
+        plan, lacks = wider(entry_plan(entry), entry.payload.get("stand_ins", {})), tuple(entry.payload["lacks"])
+        if not lacks and rng.random() < self.transfer.lacking: lacks = tuple(rng.sample([f for f in plan.form if f in CAN_LACK], 1) if {*CAN_LACK} & {*plan.form} else ())
+        s = for_user(s, random_user(rng, lacks=lacks))
+        for instead in (True, False) if lacks else (False,):
+            self.reexecuted += instead
+            episode, transcript = transcribe(plan, s, self.chat, carry_out=partial(follow, instead=instead))
+            if episode.success: return transcript
     def unused(self, rng, s:Scenario)->str:
         "A name of the same industry that no company of the world has."
         while (name := random_name(rng, s.company.industry)) in self.names: pass
@@ -443,6 +463,7 @@ def replay_updates(
     "The updates on what worked."
     tr, rng, sums = replayer.transfer, rng_for(config.seed, "replay", step), []
     if not len(replayer.buffer): return dict(replay_loss=None, updates=0)
+    replayer.widen()
     set_lr(opt, replay_lr(tr, step, config.train.steps))
     n = replay_count(tr, len(replayer.buffer))
     for _ in range(n):

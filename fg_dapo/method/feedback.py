@@ -327,7 +327,7 @@ def shuffle_feedback(
     return out
 
 # %% ../../nbs/method/20_feedback.ipynb #4669ce9b
-CONTENTS = ("real", "shuffled", "empty")
+CONTENTS = ("real", "shuffled", "foreign", "empty")
 
 @dataclass(frozen=True)
 class Failure:
@@ -336,22 +336,23 @@ class Failure:
     company:str
     score:float
     feedback:str
+    industry:str="" # Of the company
 
 class ControlFeedback:
     "What guided rollouts of a control arm read in place of the critiques of their own group."
     def __init__(self,
-        content:str, # `shuffled` or `empty`; `ValueError` names another
+        content:str, # `shuffled`, `foreign` or `empty`; `ValueError` names another
         seed:int, # The run's seed
         max_tokens:int, # For the section of previous attempts, as in `accumulate`
         count_tokens:Counter=rough_tokens, # The policy's tokenizer
         capacity:int=256, # Failures that are remembered; the oldest goes first
     ):
-        if content not in CONTENTS[1:]: raise ValueError(f"no control {content!r}; there are {' and '.join(CONTENTS[1:])}")
+        if content not in CONTENTS[1:]: raise ValueError(f"no control {content!r}; there are {', '.join(CONTENTS[1:])}")
         self.content, self.seed, self.max_tokens, self.count, self.pool = content, seed, max_tokens, count_tokens, deque(maxlen=capacity)
         self._filler, self._stats = cache(lambda n: empty_feedback(n, count_tokens) or "."), dict(critiques=0, filler=0)
     def note(self, failure:Failure)->None:
         "Remember what a rollout failed at."
-        if self.content == "shuffled": self.pool.append(failure)
+        if self.content != "empty": self.pool.append(failure)
     def stats(self)->dict[str, int]:
         "Critiques shown since the last call, and how many of them were filler."
         out, self._stats = self._stats, dict(critiques=0, filler=0)
@@ -373,9 +374,9 @@ def _empty(self, critiques):
         room[i] = max(1, room[i] - over)
     return fill()
 
-def _shuffled(self, critiques, neutral, task_id, company, rng):
+def _shuffled(self, critiques, neutral, task_id, company, industry, rng):
     "Other failures' feedback within the budget, filler where there is none, and how many are filler."
-    others = [f for f in self.pool if f.task_id != task_id and f.company != company]
+    others = [f for f in self.pool if f.task_id != task_id and f.company != company and (self.content == "shuffled" or f.industry != industry)]
     line = iter(rng.sample(others, len(others)))
     def stand_in(c, f): return replace(c, feedback=f.feedback, score=f.score)
     out = [stand_in(c, f) for c, f in zip(critiques, line)]
@@ -395,11 +396,12 @@ def __call__(self:ControlFeedback,
     task_id:str, # The task of the rollout that will read
     company:str, # Its company
     *keys, # Names the wave: equal keys draw alike
+    industry:str="", # Of the company
 )->tuple[Critique, ...]: # As many, under the same attempt numbers
     "What is shown in place of these critiques."
     if not critiques: return ()
     out = _empty(self, critiques)
     filler = len(out)
-    if self.content == "shuffled": out, filler = _shuffled(self, critiques, out, task_id, company, rng_for(self.seed, "shuffled", *keys))
+    if self.content != "empty": out, filler = _shuffled(self, critiques, out, task_id, company, industry, rng_for(self.seed, "shuffled", *keys))
     self._stats = dict(critiques=self._stats["critiques"] + len(out), filler=self._stats["filler"] + filler)
     return tuple(out)
