@@ -59,13 +59,22 @@ def schedule(jobs): return [(j.scenario.task.id, j.tag, [int(n) for n, _ in line
 def test_controls_change_the_text_and_nothing_else(outcomes, share, budget, mode, guided, stop):
     more = [f"algorithm.feedback_guidance.accumulation_mode={mode}", f"algorithm.feedback_guidance.guided_share={guided}", f"algorithm.feedback_guidance.stop_after_successes={'null' if stop is None else stop}"]
     real, _ = play("real", outcomes, share, budget=budget, overrides=more)
-    for content in ("shuffled", "empty"):
+    for content in ("shuffled", "foreign", "empty"):
         jobs, control = play(content, outcomes, share, budget=budget, overrides=more)
         assert schedule(jobs) == schedule(real) # Who is sampled when, who is guided, and under which attempt numbers
         shown, stats = [text for j in jobs for _, text in lines(j)], control.stats()
         assert stats == dict(critiques=len(shown), filler=sum("About" not in t for t in shown))
-        assert content == "shuffled" or stats["filler"] == len(shown)
+        assert content != "empty" or stats["filler"] == len(shown)
         assert all(len(j.feedback.split()) <= budget for j in jobs)
+
+INDUSTRY = {s.task.id: s.company.industry for s in SCENARIOS}
+
+@given(st.integers(0, 10**6), st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_foreign_feedback_is_about_another_industry(outcomes, steps):
+    jobs, _ = play("foreign", outcomes, .2, steps)
+    about = [(j.scenario.company.industry, INDUSTRY[text.split()[1]]) for j in jobs for _, text in lines(j) if "About" in text]
+    assert about and all(own != other for own, other in about)
 
 @given(st.integers(0, 10**6), st.floats(0, .8), st.integers(1, 3))
 @settings(deadline=None, max_examples=40)
@@ -108,7 +117,7 @@ def test_the_pool_is_bounded_and_survives_as_json():
 
 TEXTS = st.lists(st.sampled_from(["Billing wants: pin, email.", "Call Sales first.", "You asked for: pin. Fraud handles this. Fraud wants: security_word, zip_code, email."]), min_size=1, max_size=5)
 
-@given(TEXTS, TEXTS, st.integers(20, 120), st.sampled_from(["shuffled", "empty"]))
+@given(TEXTS, TEXTS, st.integers(20, 120), st.sampled_from(["shuffled", "foreign", "empty"]))
 @settings(deadline=None, max_examples=80)
 def test_a_control_is_never_over_the_budget(own, others, budget, content):
     real = accumulate([Critique(i + 1, t, .2) for i, t in enumerate(own)], "all", budget)
@@ -310,14 +319,14 @@ def test_the_arms_differ_in_what_they_are_about():
     arms = load_arms(ARMS)
     def kind(c): return c.algorithm.feedback_guidance.enable, c.algorithm.feedback_guidance.content, c.algorithm.transfer.mode
     assert {k: kind(c) for k, c in arms.items()} == dict(dapo=(False, "real", "none"), dapo_replay=(False, "real", "replay"), fg_plan=(True, "real", "none"), fg_replay=(True, "real", "replay"), fg_full=(True, "real", "replay"),
-        fg_shuffled=(True, "shuffled", "replay"), fg_empty=(True, "empty", "replay"), golf=(True, "real", "shaped"), sdpo_gated=(True, "real", "gated"), oracle=(False, "real", "replay"))
+        fg_shuffled=(True, "shuffled", "replay"), fg_foreign=(True, "foreign", "replay"), fg_empty=(True, "empty", "replay"), golf=(True, "real", "shaped"), sdpo_gated=(True, "real", "gated"), oracle=(False, "real", "replay"))
     def value(c, key):
         for part in key.split("."): c = getattr(c, part)
         return c
     def differ(*names): return {k for k in keys() if k != "arm" and len({str(value(arms[a], k)) for a in names}) > 1}
     fb = "algorithm.feedback_guidance."
     groups = {fb + "start_rollout", fb + "wave_sizes", fb + "stop_after_successes", "train.tasks_per_step"}
-    assert differ("dapo_replay", "fg_replay") == {fb + "enable"} and differ("fg_replay", "fg_shuffled", "fg_empty") == {fb + "content"} # The control and the controls
+    assert differ("dapo_replay", "fg_replay") == {fb + "enable"} and differ("fg_replay", "fg_shuffled", "fg_foreign", "fg_empty") == {fb + "content"} # The control and the controls
     assert differ("fg_full", "fg_plan", "golf", "sdpo_gated") == {"algorithm.transfer.mode"} and differ("fg_replay", "fg_full") == groups
     assert differ("dapo", "fg_plan") - groups == {fb + "enable"} and arms["dapo"].algorithm.feedback_guidance.stop_after_successes is None
     assert differ("oracle", "dapo_replay") == {"algorithm.transfer.oracle", "algorithm.pg_weight", fb + "stop_after_successes", "train.tasks_per_step", "train.rollouts"}

@@ -89,7 +89,9 @@ def confirmations_table(
     "Every criterion with what each confirmation made of it. None changes the verdict of another."
     asked = {ordinal(h): {r["id"]: r for r in judged(e)} for h, e in (dict(confirm_1=ev) | ev.later).items()}
     def said(r): return "not asked" if not r else r["verdict"] if r["value"] is None else f"{r['verdict']}: {claim_value(r)}, n = {r['n']}"
-    rows = [[r["text"], needs(r), *(said(of.get(id)) for of in asked.values())] for id, r in asked["first"].items() if groups is None or r["group"] in groups]
+    every = {id: r for of in reversed(asked.values()) for id, r in of.items()}
+    order = dict.fromkeys(id for of in asked.values() for id in of) # What a later one asks for the first time comes last
+    rows = [[every[id]["text"], needs(every[id]), *(said(of.get(id)) for of in asked.values())] for id in order if groups is None or every[id]["group"] in groups]
     return table(["criterion", "needed", *asked], rows, "Each confirmation has worlds and a protocol of its own, written down before its runs; n counts seeds, or pairs of them. 'At least': the reference had not got there when its budget ended.")
 
 # %% ../../nbs/evaluation/60_documents.ipynb #9a8b804c
@@ -172,7 +174,7 @@ def group_part(results, protocol, name):
 # %% ../../nbs/evaluation/60_documents.ipynb #8ac4a2f7
 def control_part(results, protocol, name):
     "What shuffled and empty feedback bring, and what the real one does, against the matched control."
-    said = [s for arm, what in (("fg_shuffled", "Shuffled feedback"), ("shuffled_hint", "Shuffled feedback that only names the kind of failure"), ("fg_empty", "Empty feedback"), ("fg_observed", "Feedback that holds what the episode revealed"), ("fg_replay", "Feedback that holds the answer"))
+    said = [s for arm, what in (("fg_shuffled", "Shuffled feedback"), ("fg_foreign", "Shuffled feedback of other industries"), ("shuffled_hint", "Shuffled feedback that only names the kind of failure"), ("fg_empty", "Empty feedback"), ("fg_observed", "Feedback that holds what the episode revealed"), ("fg_replay", "Feedback that holds the answer"))
         for s in difference_words(results, arm, "dapo_replay", what, main_kind(protocol))]
     here = [r for r in results if r["arm"] != "dapo"]
     return [_words(said) or text("No arm can be paired with the matched control here."), difference_table(here, "dapo_replay", main_kind(protocol)), *pictures(lambda rs: difference_figure(rs, "dapo_replay"), here, f"{name}_control", "Against the matched control: right of zero is better.", crowded=True)]
@@ -343,7 +345,7 @@ LIMITS = (
     "Feedback of full detail holds the answer: what it gains is partly leaked answers. The arm with observed feedback tells how much.",
     "Worlds of a confirmation are few, so an interval over seeds says nothing about how worlds differ.",
     "A second attempt with feedback in the prompt gains by being a second attempt, too.",
-    "Shuffled feedback is about other companies, and the rules of an industry are shared: it may tell something true. Empty feedback is the control without that.",
+    "Shuffled feedback is about other companies, and the rules of an industry are shared: it may tell something true. Foreign feedback is about companies of other industries, and still names departments and fields that exist. Empty feedback is the control without either.",
     "Seconds depend on the machine; rollouts and tokens do not.")
 
 # %% ../../nbs/evaluation/60_documents.ipynb #89d55a5b
@@ -433,7 +435,7 @@ def themes_table(ev:Evidence)->Block:
 METHOD = (
     "In a group of rollouts of one task, the first are sampled plain. Failures are diagnosed from the episode and put into words; later rollouts of the same group read them in their prompt.",
     "All rows are trained with DAPO as they were sampled. Successes found with feedback are replayed under the plain prompt: their plan is executed again with a freshly drawn user, and some rows carry an unused company name.",
-    "Controls: the matched control replays its own successes with the same helps, in the groups and with the replay settings that its own tuning chose; shuffled feedback comes from tasks of other companies; empty feedback has the same length and says nothing.")
+    "Controls: the matched control replays its own successes with the same helps, in the groups and with the replay settings that its own tuning chose; shuffled feedback comes from tasks of other companies, foreign feedback from other industries; empty feedback has the same length and says nothing.")
 
 def outline_page(ev:Evidence)->list[Section]:
     "A draft outline of a paper, every number from result files."

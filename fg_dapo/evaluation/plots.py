@@ -31,9 +31,10 @@ ARMS = dict( # Arm to label, colour, marker
     fg_full=("FG + replay, whole groups", "#6FA8DC", "d"),
     fg_observed=("FG + replay, observed feedback", "#66A61E", "X"),
     fg_shuffled=("FG, shuffled feedback", "#CC79A7", "v"),
+    fg_foreign=("FG, foreign feedback", "#B2182B", "<"),
     fg_empty=("FG, empty feedback", "#009E73", "P"),
     golf=("GOLF-like", "#A6761D", ">"),
-    sdpo_gated=("SDPO-like, gated", "#7570B3", "<"),
+    sdpo_gated=("SDPO-like, gated", "#7570B3", "p"),
 )
 EXTRA = ("#D55E00", "#332288", "#882255", "#999933", "#44AA99", "#AA4499")
 
