@@ -533,7 +533,7 @@ def test_a_threshold_with_an_interval_of_its_own():
 def test_a_protocol_that_cannot_decide_is_refused(change, words):
     with pytest.raises(ValueError, match=re.escape(words)): check_protocol(PROTOCOL | dict(criteria=[change]))
 
-@pytest.mark.parametrize("part,groups", [("", {"issue", "minimum", "target", "stretch", "easy world"}), ("_2", {"issue", "target", "stretch"}), ("_3", {"issue", "easy world"})])
+@pytest.mark.parametrize("part,groups", [("", {"issue", "minimum", "target", "stretch", "easy world"}), ("_2", {"issue", "target", "stretch"}), ("_3", {"issue", "easy world"}), ("_4", {"issue"})])
 def test_the_protocol_quotes_its_criteria(part, groups):
     p = read_yaml((EXPERIMENTS / f"protocol{part}.yaml").read_text())
     check_protocol(p)
@@ -542,13 +542,15 @@ def test_the_protocol_quotes_its_criteria(part, groups):
     assert {c[k] for c in p["criteria"] for k in ("ours", "reference") if k in c} <= arms
     assert {c["group"] for c in p["criteria"]} == groups
 
-@pytest.mark.parametrize("part,kinds", [("_2", ["standard"]), ("_3", ["standard", "easy"])])
-def test_a_later_confirmation_decides_with_the_numbers_of_the_first_in_worlds_of_its_own(part, kinds):
+@pytest.mark.parametrize("part,kinds,new", [("_2", ["standard"], []), ("_3", ["standard", "easy"], []), ("_4", ["standard"], ["foreign_is_control"])])
+def test_a_later_confirmation_decides_with_the_numbers_of_the_first_in_worlds_of_its_own(part, kinds, new):
     first, later = (read_yaml((EXPERIMENTS / f"protocol{p}.yaml").read_text()) for p in ("", part))
     ids = [c["id"] for c in later["criteria"]]
-    assert later["criteria"] == [c for c in first["criteria"] if c["id"] in ids] and all(later[k] == first[k] for k in ("min_seeds", "curve", "early_steps", "late_steps"))
+    assert [c for c in later["criteria"] if c["id"] not in new] == [c for c in first["criteria"] if c["id"] in ids] and [i for i in ids if i not in {c["id"] for c in first["criteria"]}] == new and all(later[k] == first[k] for k in ("min_seeds", "curve", "early_steps", "late_steps"))
+    asked_before = next(c for c in first["criteria"] if c["id"] == "shuffled_is_control")
+    for c in later["criteria"]: assert c["id"] not in new or {k: v for k, v in c.items() if k in ("group", "measure", "companies", "reference")} == {k: asked_before[k] for k in ("group", "measure", "companies", "reference")}
     a, b = (load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml") for p in ("", part))
-    others = {w.seed for p in {"", "_2", "_3"} - {part} for w in load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml").worlds}
+    others = {w.seed for p in {"", "_2", "_3", "_4"} - {part} for w in load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml").worlds}
     assert a.seeds == b.seeds and a.eval_tasks == b.eval_tasks and not others & {w.seed for w in b.worlds} and [w.kind for w in b.worlds] == kinds
     text = (EXPERIMENTS / "PROTOCOL.md").read_text()
     for steps in [{k: c.train.steps for k, c in b.arms.items()}] + [{a: w.own.get(a, {}).get("train", {}).get("steps", b.arms[a].train.steps) for a in w.arms} for w in b.worlds]:

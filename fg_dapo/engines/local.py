@@ -371,27 +371,37 @@ class Replayer:
         s = dataclasses.replace(s, user=random_user(rng, lacks=tuple(p["lacks"])))
         episode, transcript = transcribe(entry_plan(entry), s, self.chat, feedback)
         return transcript if served(episode) else None
-    def widen(self)->None:
-        "Look for stand-ins, where there are plans that have not been tried with all that is known."
-        if not self.transfer.lacking: return
-        told = told_fields(self.buffer, self.scenarios)
-        for e in list(self.buffer):
-            new, trials = find_stand_ins(e, self.scenarios[e.task_id], told, rng_for(0, "stand-ins", e.task_id))
-            self.reexecuted += trials
-            if trials: self.buffer.update(new)
-    def wide_row(self, rng, entry:Entry, s:Scenario)->Transcript|None:
-        "The plan with its stand-ins, for a user who may lack a field: they serve, or telling the user is right."
-        plan, lacks = wider(entry_plan(entry), entry.payload.get("stand_ins", {})), tuple(entry.payload["lacks"])
-        if not lacks and rng.random() < self.transfer.lacking: lacks = tuple(rng.sample([f for f in plan.form if f in CAN_LACK], 1) if {*CAN_LACK} & {*plan.form} else ())
-        s = for_user(s, random_user(rng, lacks=lacks))
-        for instead in (True, False) if lacks else (False,):
-            self.reexecuted += instead
-            episode, transcript = transcribe(plan, s, self.chat, carry_out=partial(follow, instead=instead))
-            if episode.success: return transcript
     def unused(self, rng, s:Scenario)->str:
         "A name of the same industry that no company of the world has."
         while (name := random_name(rng, s.company.industry)) in self.names: pass
         return name
+
+# %% ../../nbs/engines/20_local.ipynb #a4987a0a
+@patch
+def widen(self:Replayer)->None:
+    "Look for stand-ins, where there are plans that have not been tried with all that is known."
+    if not self.transfer.lacking: return
+    told = told_fields(self.buffer, self.scenarios)
+    for e in list(self.buffer):
+        new, trials = find_stand_ins(e, self.scenarios[e.task_id], told, rng_for(0, "stand-ins", e.task_id))
+        self.reexecuted += trials
+        if trials: self.buffer.update(new)
+
+@patch
+def wide_row(self:Replayer,
+    rng,
+    entry:Entry, # With a plan
+    s:Scenario, # Its task, as it is to be replayed
+)->Transcript|None: # `None` when the plan is right for nobody
+    "The plan with its stand-ins, for a user who may lack a field."
+    plan, lacks = wider(entry_plan(entry), entry.payload.get("stand_ins", {})), tuple(entry.payload["lacks"])
+    can = [f for f in plan.form if f in CAN_LACK]
+    if not lacks and can and rng.random() < self.transfer.lacking: lacks = (rng.choice(can),)
+    s = for_user(s, random_user(rng, lacks=lacks))
+    for again, instead in enumerate((True, False) if lacks else (False,)):
+        self.reexecuted += again # The first is counted where it is asked for
+        episode, transcript = transcribe(plan, s, self.chat, carry_out=partial(follow, instead=instead))
+        if episode.success: return transcript
 
 # %% ../../nbs/engines/20_local.ipynb #b840472c
 def served(episode)->bool:
