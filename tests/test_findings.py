@@ -302,6 +302,7 @@ def test_later_confirmations_are_reported_beside_the_first(tmp_path):
     for heap, rs in dict(confirm=FIVE, confirm_2=again, confirm_3=third).items(): save(tmp_path, heap, rs)
     def some(why, *ids): return dict(PROTOCOL, why=why, criteria=[c for c in PROTOCOL["criteria"] if c["id"] in ids])
     rules = dict(protocol=PROTOCOL, protocol_2=some("The first left this open.", "dapo_30", "level_4"), protocol_3=some("The second found the cause.", "level_4") | dict(deviation="A run died."))
+    rules["protocol_3"]["criteria"] += [c | dict(id="level_9", text="level_9") for c in rules["protocol_3"]["criteria"]] # Asked for the first time
     for name, p in rules.items(): (tmp_path / f"{name}.yaml").write_text(json.dumps(p))
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/matrix_confirm_2.yaml").write_text("seeds: [0, 1, 2, 3, 4, 5]\nworlds: [{seed: 201}]\narms: {dapo: {}, fg_replay: {}}\n")
@@ -309,7 +310,7 @@ def test_later_confirmations_are_reported_beside_the_first(tmp_path):
     second, last = e.later["confirm_2"], e.later["confirm_3"]
     assert list(e.later) == ["confirm_2", "confirm_3"] and not second.later and list(e.heaps) == ["confirm", "confirm_2", "confirm_3", "explore", "ablate", "tune"]
     assert (len(e.confirm), len(second.confirm), len(second.missing), len(last.confirm), last.planned) == (15, 10, 2, 5, ())
-    assert [r["id"] for r in judged(second)] == ["dapo_30", "level_4"] and [r["id"] for r in judged(last)] == ["level_4"] and judged(e) == judged(evidence(e.confirm)) # Nothing of them decides the first
+    assert [r["id"] for r in judged(second)] == ["dapo_30", "level_4"] and [r["id"] for r in judged(last)] == ["level_4", "level_9"] and judged(e) == judged(evidence(e.confirm)) # Nothing of them decides the first
     page = page_of("RESULTS.md", e)
     text = render("RESULTS.md", page)
     sections = list(page)
@@ -325,7 +326,7 @@ def test_later_confirmations_are_reported_beside_the_first(tmp_path):
     assert not {"second", "third"} & set(page_of("RESULTS.md", evidence(FIVE)))
     every = next(b for b in page["criteria"].blocks if b.kind == "table" and b.head[0] == "criterion")
     asked = [{r["text"]: r["verdict"] for r in judged(x)} for x in (e, second, last)]
-    assert every.head == ("criterion", "needed", "first", "second", "third") and [row[0] for row in every.rows] == list(asked[0])
+    assert every.head == ("criterion", "needed", "first", "second", "third") and [row[0] for row in every.rows] == [*asked[0], "level_9"]
     for text, _, *cells in every.rows: assert [cell.split(":")[0] for cell in cells] == [of.get(text, "not asked") for of in asked]
     level = next(row for row in every.rows if row[0] == "level_4")
     assert level[2:] == ("met: 90% (90 to 90), n = 5", "met: 90% (90 to 90), n = 5", "not met: 50% (50 to 50), n = 5")

@@ -384,7 +384,9 @@ def limit_section(ev:Evidence)->Section:
         "Where an arm lies below the oracle, tasks that it never solved or solved late hold it down; where the oracle lies below the ceiling, the policy does.",
         "Do the training tasks tell enough of requests and companies that they never showed? Going by the majority of their right plans solves nearly what the rules solve. But replay imitates plans, and one in seven departments and as many routes are exceptions: "
             "whoever draws from the plans as often as they occur, as a policy at temperature 1 does, takes exceptions for rules. "
-            "Replay that fits the policy at temperature 2 (transfer.temperature) lets what is frequent come more often at temperature 1, exceptions less; with departments left out (transfer.department_dropout), so that they do not tell the company, that is *_sharp, and ours and the control in the third confirmation."]
+            "Replay that fits the policy at temperature 2 (transfer.temperature) lets what is frequent come more often at temperature 1, exceptions less; with departments left out (transfer.department_dropout), so that they do not tell the company, that is *_sharp, and ours and the control in the third confirmation.",
+        "The shortest plan asks for what its user had. A user who lacks a field is served where another stands in for it, and the form, which is filled in once, must ask for both before anybody knows. Plans that also ask for what stood in elsewhere, where a trial shows that the company takes it (transfer.lacking), "
+            "are *_wide, at temperature 3 *_wider, and ours and the control in the fourth confirmation. What is left after that are routes: of requests that few training tasks of an industry show, most of all where the department of the rule is not there and Customer Service stands in for it."]
     return section("limit", "What limits the end", text(EXPLORED, "note"), *map(text, said), *([limit_table(some), told_table(some)] if some else [text(NOTHING_RUN)]),
         *([text("In the confirmations:"), limit_table(confirmed), told_table(confirmed)] if confirmed else []))
 
