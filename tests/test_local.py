@@ -2,6 +2,7 @@
 import os, resource, signal, subprocess, sys, time
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -340,7 +341,8 @@ def test_rows_with_lacking_users_end_as_is_right_for_them(small, tmp_path):
     (lacked, other), = s.path[0].alternatives.items()
     e = entry_of(s, feedback="Billing wants: pin.")
     t.replayer.buffer.add(replace(e, payload=e.payload | dict(stand_ins={s.path[0].name: [other]})))
-    rows = t.replayer.rows(rng_for(0, "t"), 300)
+    with patch.object(local, "transcribe", wraps=transcribe) as played: rows = t.replayer.rows(rng_for(0, "t"), 300)
+    assert t.replayer.reexecuted == played.call_count > 300 # Every episode is counted, and once
     guided = [r for r in rows if "<|feedback|>" in r.prompt]
     plain = [r for r in rows if "<|feedback|>" not in r.prompt]
     assert len(guided) > 40 and all(r.turns[-1][0].startswith("call ") and f"{other}=" not in r.turns[1][1] for r in guided) # As found
