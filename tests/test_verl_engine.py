@@ -14,9 +14,10 @@ from fg_dapo.engines.sampler import PromptTooLong, shown, text_ids
 from fg_dapo.engines.verl_launch import last_step, policy_folder, train
 from fg_dapo.method.feedback import Critique, accumulate
 from fg_dapo.method.groups import plan_waves
+from fg_dapo.method.replay import Entry, entry_plan, told_fields
 from fg_dapo.method.reward import compute_score_with_feedback
 from fg_dapo.policy import load_policy
-from fg_dapo.world.records import as_dict
+from fg_dapo.world.records import as_dict, load_world
 
 ROOT = Path(__file__).parents[1]
 SKIP_A_SYNC = """
@@ -43,7 +44,7 @@ def started(config, out, faults=None):
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory):
     "Four steps with replay; the weights of step 3 never reach the servers."
-    c = settings("train.steps=4", "train.eval_every=4", "train.checkpoint_every=2", "algorithm.transfer.updates=3", "algorithm.transfer.warmup_steps=0", "algorithm.feedback_guidance.wave_sizes=[1]")
+    c = settings("train.steps=4", "train.eval_every=4", "train.checkpoint_every=2", "algorithm.transfer.updates=3", "algorithm.transfer.warmup_steps=0", "algorithm.transfer.lacking=0.3", "algorithm.feedback_guidance.wave_sizes=[1]")
     return c, started(c, tmp_path_factory.mktemp("verl") / "replay", SKIP_A_SYNC)
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,14 @@ def test_the_ledger_counts_every_rollout(replayed):
     saved = read_json(out / "checkpoints/global_step_4/fg_dapo.json")
     assert saved["ledger"] == last and saved["tasks"] == 16 and len(saved["buffer"]["entries"]) == metrics[-1]["buffer"]
     assert sorted(p.name for p in (out / "checkpoints").glob("global_step_*")) == ["global_step_2", "global_step_4"] and last_step(out) == 4
+
+def test_plans_were_tried_with_what_other_plans_told(replayed):
+    saved, scenarios = read_json(replayed[1] / "checkpoints/global_step_4/fg_dapo.json")["buffer"]["entries"], {s.task.id: s for s in load_world(ROOT / "data").scenarios("train")}
+    entries = [Entry(**e) for e in saved]
+    told = told_fields(entries, scenarios)
+    assert entries
+    for e in entries:
+        for d, fields in entry_plan(e).calls: assert set(e.payload.get("tried", {}).get(d, ())) == told[scenarios[e.task_id].company.industry, d] - set(fields)
 
 def test_evaluation_and_report_take_a_verl_run_as_any_other(replayed, tmp_path):
     from fg_dapo.evaluation.evaluate import evaluate
