@@ -77,6 +77,7 @@ def by_verdict(rows)->list[dict]: # Groups in the protocol's order; in a group w
     groups = list(dict.fromkeys(r["group"] for r in rows))
     return sorted((dict(r, note=r["note"] if r["n"] or r["measure"] == "nothing" else "") for r in rows), key=lambda r: (groups.index(r["group"]), ORDER.index(r["verdict"])))
 
+# %% ../../nbs/evaluation/60_documents.ipynb #fff0bfc3
 def ordinal(heap:str)->str: # confirm_2: second
     return ("first", "second", "third", "fourth", "fifth", "sixth")[int(heap.removeprefix("confirm_")) - 1]
 
@@ -460,6 +461,7 @@ def outline_page(ev:Evidence)->list[Section]:
         section("limits", "Limitations", items(*LIMITS)),
         section("related", "Related work", items(*related_words(ev)))]
 
+# %% ../../nbs/evaluation/60_documents.ipynb #bf07d599
 @dataclass(frozen=True)
 class Document:
     "A document, the notebook that writes it, and how it is made."
