@@ -84,7 +84,7 @@ class TransferConfig(Section):
     reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name, and other phone numbers")
     department_dropout:Share = Field(0.0, description="In rows with an unused name, without feedback and with reexecute: share of the departments the task does not need that are not there")
-    lacking:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, whose fresh user lacks a field; above 0, plans also ask for what stood in for a lacking field in other plans, where a trial shows that the company takes it")
+    lacking:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, whose fresh user lacks a field; above 0, plans also ask for what other plans of the industry told the same department, where a trial shows that the company has a use for it: it may stand in")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
     temperature:float = Field(1.0, gt=0, description="Replay fits the policy at this temperature; fitted at 2 and sampled at 1, what plans have most often comes more often still, and their exceptions less")
     oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
