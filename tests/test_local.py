@@ -15,7 +15,7 @@ from fg_dapo.core import read_json, read_jsonl, rng_for
 from fg_dapo.engines import local
 from fg_dapo.engines.local import Trainer, checkpoints, collect, forward_logp, judge, make_sampler, pieces, policy_gradient, replay_count, replay_lr, replay_updates, row_loss, sample_step, task_order, thinned, to_entry, train, training_rows
 from fg_dapo.engines.sampler import Job, PromptTooLong
-from fg_dapo.method.replay import entry_plan, for_user, plan_entry, told_fields, wider
+from fg_dapo.method.replay import TRIES, entry_plan, for_user, likely_plans, plan_counts, plan_entry, told_fields, wider
 from fg_dapo.policy import encode, new_policy, nll, pad_rows, save_policy, set_lr, train_tokenizer, transcribe
 from fg_dapo.world.generate import generate_world, random_user
 
@@ -376,6 +376,93 @@ def test_what_was_tried_survives_a_restart(small, tmp_path):
 
 def test_lacking_needs_reexecution(small):
     with pytest.raises(ConfigError, match="only re-executed rows have a fresh user who can lack a field; set transfer.reexecute to true, or lacking to 0"): load_config(None, [*small, "algorithm.transfer.lacking=0.2", "algorithm.transfer.reexecute=false"])
+
+# The same request elsewhere
+
+ELSEWHERE = ["algorithm.transfer.elsewhere=true", "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.department_dropout=0.5", "algorithm.transfer.guided_rows=0.25"]
+
+@pytest.fixture
+def shipped(small): return [*small, *ELSEWHERE, "data.folder=data"] # Whole industries
+
+def looked(config, out, steps=2 * TRIES):
+    "A trainer that knows the right plan of every task, and has looked."
+    t = Trainer(load_config(None, config), out)
+    t.replayer.fill()
+    for _ in range(steps): t.replayer.widen()
+    return t
+
+def test_plans_from_elsewhere_are_right_where_they_are(shipped, tmp_path):
+    t = looked(shipped, tmp_path / "r")
+    r, where = t.replayer, t.replayer.elsewhere.where
+    solved = {(s.company.id, s.task.request_type) for s in t.scenarios}
+    assert len(r.elsewhere) > 400
+    for e in r.elsewhere:
+        s, plan = where(e), entry_plan(e)
+        assert not s.company.heldout and (s.company.id, s.task.request_type) not in solved
+        assert tuple(d for d, _ in plan.calls) == s.task.ground_truth.path
+        u = for_user(s, random_user(rng_for(1, e.task_id), behavior="difficult")) # Somebody else
+        assert play(follow(plan, s.company.name), u).success
+    tries = [len(x) for x in r.elsewhere.tried.values()]
+    assert r.reexecuted == sum(tries) and max(tries) <= 2 * TRIES and all(len(set(x)) == len(x) for x in r.elsewhere.tried.values())
+    assert {id.split(":")[0] for id in r.elsewhere.tried} <= {s.company.id for s in t.scenarios}
+    before = r.reexecuted
+    r.widen()
+    assert r.reexecuted == before # Nothing is tried twice, and there is an end
+
+def test_a_company_that_has_a_name_is_replayed_only_with_what_was_solved_there(shipped, tmp_path):
+    t = looked(shipped, tmp_path / "r", 2)
+    before = t.replayer.reexecuted
+    with patch.object(local, "transcribe", wraps=transcribe) as played: rows = t.replayer.rows(rng_for(0, "t"), 600)
+    assert t.replayer.reexecuted - before == played.call_count == 600 and len(rows) > 550
+    named, found = {s.company.name for s in t.scenarios}, Counter()
+    for call in played.call_args_list:
+        s, feedback = call.args[1], call.args[3]
+        elsewhere = ":" in s.task.id
+        assert not (elsewhere and (s.company.name in named or feedback))
+        found[elsewhere, s.company.name in named] += 1
+    share = len(t.replayer.elsewhere) / (len(t.replayer.elsewhere) + len(t.replayer.buffer))
+    assert abs(found[True, False] / (found[True, False] + found[False, False]) - share) < 0.12 and found[False, True] > 250
+
+def test_a_solved_task_takes_the_place_of_what_was_found(shipped, tmp_path):
+    t = Trainer(load_config(None, shipped), tmp_path / "r")
+    first, later = t.scenarios[:250], t.scenarios[250:]
+    for s in first: t.replayer.buffer.add(entry_of(s))
+    t.replayer.widen()
+    ids = {f"{s.company.id}:{s.task.request_type}" for s in later} & {e.task_id for e in t.replayer.elsewhere}
+    assert len(ids) > 20
+    for s in later: t.replayer.buffer.add(entry_of(s))
+    t.replayer.widen()
+    assert not ids & {e.task_id for e in t.replayer.elsewhere}
+
+def test_a_company_is_asked_its_own_way_first(shipped, tmp_path):
+    t = Trainer(load_config(None, shipped), tmp_path / "r")
+    r = t.replayer
+    r.fill()
+    counts, own = plan_counts(r.buffer, r.elsewhere.where), 0
+    for (industry, request), routes in counts[0].items():
+        for c in (c for c in r.elsewhere.companies.values() if c.industry == industry):
+            plans = likely_plans(counts, c, request)
+            assert 1 <= len(plans) <= TRIES and len(set(map(str, plans))) == len(plans)
+            for d, fields in plans[0].calls:
+                assert d in {x.name for x in c.departments}
+                if mine := counts[2].get((c.id, d)): own += 1; assert mine[fields] == max(mine.values())
+    assert own > 500
+
+def test_what_was_found_elsewhere_survives_a_restart(shipped, tmp_path):
+    c = load_config(None, [*shipped, "algorithm.transfer.lacking=0.5"])
+    t = Trainer(c, tmp_path / "r")
+    for s in t.scenarios[:200]: t.replayer.buffer.add(entry_of(s))
+    t.train_step()
+    t.save()
+    again = Trainer(c, tmp_path / "r")
+    assert again.replayer.elsewhere.state_dict() == t.replayer.elsewhere.state_dict() and any(e.payload.get("stand_ins") for e in again.replayer.elsewhere)
+    assert str(again.replayer.rows(rng_for(3, "t"), 40)) == str(t.replayer.rows(rng_for(3, "t"), 40))
+    for x in (t, again): x.replayer.widen()
+    assert again.replayer.elsewhere.state_dict() == t.replayer.elsewhere.state_dict()
+
+def test_elsewhere_needs_rows_without_a_name(small):
+    for bad in "reexecute=false", "name_dropout=0":
+        with pytest.raises(ConfigError, match="plans that were found elsewhere are re-executed, in rows with an unused name"): load_config(None, [*small, "algorithm.transfer.elsewhere=true", f"algorithm.transfer.{bad}"])
 
 def test_replay_teaches(small, tmp_path):
     t = Trainer(load_config(None, [*small, "algorithm.transfer.updates=5", "algorithm.transfer.rows=8", "algorithm.transfer.warmup_steps=0"]), tmp_path / "r")

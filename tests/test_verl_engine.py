@@ -44,7 +44,7 @@ def started(config, out, faults=None):
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory):
     "Four steps with replay; the weights of step 3 never reach the servers."
-    c = settings("train.steps=4", "train.eval_every=4", "train.checkpoint_every=2", "algorithm.transfer.updates=3", "algorithm.transfer.warmup_steps=0", "algorithm.transfer.lacking=0.3", "algorithm.feedback_guidance.wave_sizes=[1]")
+    c = settings("train.steps=4", "train.eval_every=4", "train.checkpoint_every=2", "algorithm.transfer.updates=3", "algorithm.transfer.warmup_steps=0", "algorithm.transfer.lacking=0.3", "algorithm.transfer.elsewhere=true", "algorithm.feedback_guidance.wave_sizes=[1]")
     return c, started(c, tmp_path_factory.mktemp("verl") / "replay", SKIP_A_SYNC)
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,11 @@ def test_plans_were_tried_with_what_other_plans_told(replayed):
     assert entries
     for e in entries:
         for d, fields in entry_plan(e).calls: assert set(e.payload.get("tried", {}).get(d, ())) == told[scenarios[e.task_id].company.industry, d] - set(fields)
+
+def test_only_training_companies_were_asked_elsewhere(replayed):
+    saved, world = read_json(replayed[1] / "checkpoints/global_step_4/fg_dapo.json")["elsewhere"], load_world(ROOT / "data")
+    assert saved["tried"] and set(saved["tried"]) >= {e["task_id"] for e in saved["entries"]}
+    assert {id.split(":")[0] for id in saved["tried"]} <= {c.id for c in world.train_companies}
 
 def test_evaluation_and_report_take_a_verl_run_as_any_other(replayed, tmp_path):
     from fg_dapo.evaluation.evaluate import evaluate

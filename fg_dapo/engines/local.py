@@ -33,7 +33,7 @@ from ..method.llm_feedback import make_generator
 from ..method.groups import Group, Ledger, choose_guided, plan_waves
 from ..method.objective import dapo_loss, filter_counts, group_advantages, importance_weights, keep_groups, overlong_penalty, replay_loss
 from ..method.peers import choose_injected, choose_teachers, gate_rows, js_divergence, shaped_advantages, shaped_loss
-from ..method.replay import Entry, ReplayBuffer, drop_name, entry_plan, find_stand_ins, for_user, plan_entry, told_fields, wider
+from ..method.replay import Elsewhere, Entry, ReplayBuffer, drop_name, entry_plan, find_stand_ins, for_user, plan_entry, told_fields, wider
 from ..method.reward import result_of
 from ..policy import MuonAdam, Transcript, adam, encode, load_policy, masked_logp, pad_rows, save_policy, set_lr, transcribe
 from ..world.directory import CompanyDirectory
@@ -347,6 +347,7 @@ class Replayer:
     def __init__(self, scenarios:dict[str, Scenario], config:RunConfig, chat, names:set[str]):
         self.scenarios, self.transfer, self.chat, self.names = scenarios, config.algorithm.transfer, chat, names
         self.buffer = ReplayBuffer(self.transfer.capacity, "shortest_per_task" if self.transfer.reexecute else "all")
+        self.elsewhere = Elsewhere(scenarios)
         self.reexecuted = 0
     def fill(self)->None:
         "Put the right plan of every task into the buffer. It comes from the hidden rules: what replay reaches with it is a limit."
@@ -357,20 +358,25 @@ class Replayer:
         "Transcripts to train on."
         return [t for e in self.buffer.sample(rng, k) if (t := self.row(rng, e)) is not None]
     def row(self, rng, entry:Entry)->Transcript|None:
-        s, p = self.scenarios[entry.task_id], entry.payload
-        feedback = p["feedback"] if rng.random() < self.transfer.guided_rows else ""
-        home = s
-        if rng.random() < self.transfer.name_dropout:
+        feedback = entry.payload["feedback"] if rng.random() < self.transfer.guided_rows else ""
+        unnamed = rng.random() < self.transfer.name_dropout
+        if unnamed and not feedback: entry = self.anywhere(rng, entry)
+        home = s = self.elsewhere.where(entry)
+        if unnamed:
             if self.transfer.department_dropout and not feedback: s = thinned(s, {d for d, _ in entry_plan(entry).calls}, self.transfer.department_dropout, rng)
             s = renamed(s, self.unused(rng, s), rng)
         feedback = as_at(feedback, home, s)
-        if not self.transfer.reexecute: return Transcript(self.chat.prompt(s.task.request, feedback), tuple(map(tuple, as_at(p["turns"], home, s))))
+        if not self.transfer.reexecute: return Transcript(self.chat.prompt(s.task.request, feedback), tuple(map(tuple, as_at(entry.payload["turns"], home, s))))
         self.reexecuted += 1
         if self.transfer.reword: s = reworded(s, rng)
         if self.transfer.lacking and not feedback: return self.wide_row(rng, entry, s)
-        s = dataclasses.replace(s, user=random_user(rng, lacks=tuple(p["lacks"])))
+        s = dataclasses.replace(s, user=random_user(rng, lacks=tuple(entry.payload["lacks"])))
         episode, transcript = transcribe(entry_plan(entry), s, self.chat, feedback)
         return transcript if served(episode) else None
+    def anywhere(self, rng, entry:Entry)->Entry:
+        "The entry, or one that was found elsewhere, as many as there are of each."
+        n = len(self.elsewhere)
+        return rng.choice(list(self.elsewhere)) if n and rng.random() < n / (n + len(self.buffer)) else entry
     def unused(self, rng, s:Scenario)->str:
         "A name of the same industry that no company of the world has."
         while (name := random_name(rng, s.company.industry)) in self.names: pass
@@ -379,13 +385,15 @@ class Replayer:
 # %% ../../nbs/engines/20_local.ipynb #a4987a0a
 @patch
 def widen(self:Replayer)->None:
-    "Look for stand-ins, where there are plans that have not been tried with all that is known."
+    "Try what is known now and was not tried: plans at other companies, and stand-ins."
+    if self.transfer.elsewhere: self.reexecuted += self.elsewhere.look(self.buffer)
     if not self.transfer.lacking: return
     told = told_fields(self.buffer, self.scenarios)
-    for e in list(self.buffer):
-        new, trials = find_stand_ins(e, self.scenarios[e.task_id], told, rng_for(0, "stand-ins", e.task_id))
-        self.reexecuted += trials
-        if trials: self.buffer.update(new)
+    for held in self.buffer, self.elsewhere:
+        for e in list(held):
+            new, trials = find_stand_ins(e, self.elsewhere.where(e), told, rng_for(0, "stand-ins", e.task_id))
+            self.reexecuted += trials
+            if trials: held.update(new)
 
 @patch
 def wide_row(self:Replayer,
@@ -686,12 +694,13 @@ class Trainer:
         for name, opt in self.optimizers.items(): load_optimizer(opt, folder / f"{name}.safetensors")
         self.step, self.tasks, self.ledger, self.replayer.reexecuted = state["step"], state["tasks"], Ledger.from_dict(state["ledger"]), 0
         self.replayer.buffer.load_state_dict(state["buffer"])
+        if "elsewhere" in state: self.replayer.elsewhere.load_state_dict(state["elsewhere"])
         if self.control: self.control.load_state_dict(state["control"])
         rewind(self.run, self.step)
 
     def save(self)->Path:
         return save_checkpoint(self.run, self.step, self.model, self.tok, self.optimizers, dict(tasks=self.tasks, ledger=self.ledger.as_dict(), buffer=self.replayer.buffer.state_dict(),
-            **(dict(control=self.control.state_dict()) if self.control else {})))
+            **(dict(elsewhere=self.replayer.elsewhere.state_dict()) if self.config.algorithm.transfer.elsewhere else {}), **(dict(control=self.control.state_dict()) if self.control else {})))
 
 # %% ../../nbs/engines/20_local.ipynb #f61af1b5
 @patch

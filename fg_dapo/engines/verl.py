@@ -194,9 +194,9 @@ class FeedbackGuidedDAPOTrainer(PPOTrainerSync):
         self.stage, self.dir = stage(config.fg_dapo.config), RunDir(Path(config.fg_dapo.out))
         self.run, self.ledger, self.taken, self.alive = self.stage.config, Ledger(), 0, True
         self.samples, self.val_samples, self.group_of = {}, {}, {}
-        world = {s.task.id: s for s in self.stage.scenarios.values()}
+        world = self.stage.scenarios.values()
         self.ready = False # Start-up may take its time
-        self.replayer = Replayer(world, self.run, self.stage.chat, {s.company.name for s in world.values()})
+        self.replayer = Replayer({s.task.id: s for s in world if s.task.split == "train"}, self.run, self.stage.chat, {s.company.name for s in world})
         super().__init__(config)
 
     def beat(self, stage:str)->None:
@@ -355,7 +355,7 @@ def _save_checkpoint(self:FeedbackGuidedDAPOTrainer)->None:
     folder = Path(self.config.trainer.default_local_dir)
     here = folder / f"global_step_{self.global_steps}"
     here.mkdir(parents=True, exist_ok=True)
-    write_json(here / "fg_dapo.json", dict(step=self.global_steps, tasks=self.taken, ledger=self.ledger.as_dict(), buffer=self.replayer.buffer.state_dict()))
+    write_json(here / "fg_dapo.json", dict(step=self.global_steps, tasks=self.taken, ledger=self.ledger.as_dict(), buffer=self.replayer.buffer.state_dict(), elsewhere=self.replayer.elsewhere.state_dict()))
     self.actor_rollout_wg.save_policy(str(here / "policy"))
     super(FeedbackGuidedDAPOTrainer, self)._save_checkpoint()
     old = sorted(folder.glob("global_step_*"), key=lambda p: int(p.name.rpartition("_")[2]))
@@ -370,6 +370,7 @@ def _load_checkpoint(self:FeedbackGuidedDAPOTrainer)->None:
         state = read_json(Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}" / "fg_dapo.json")
         self.ledger, self.taken = Ledger.from_dict(state["ledger"]), state["tasks"]
         self.replayer.buffer.load_state_dict(state["buffer"])
+        if "elsewhere" in state: self.replayer.elsewhere.load_state_dict(state["elsewhere"])
     rewind(self.dir, self.global_steps)
     self.watch = Watch(self.run.train.alarm, read_jsonl(self.dir / "metrics.jsonl") if (self.dir / "metrics.jsonl").exists() else ())
 
