@@ -106,7 +106,7 @@ def test_the_ledger_adds_up_and_survives_json(steps):
     for k in ("rollouts_cold", "rollouts_guided", "tokens", "updates", "reexecuted"): assert getattr(ledger, k) == sum(c[k] for c in steps)
     assert ledger.rollouts == ledger.rollouts_cold + ledger.rollouts_guided
     assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
-    assert list(ledger.as_dict()) == ["rollouts", "rollouts_cold", "rollouts_guided", "rollouts_filtered", "rollouts_failed", "tokens", "updates", "reexecuted", "seconds"]
+    assert list(ledger.as_dict()) == ["rollouts", "rollouts_cold", "rollouts_guided", "rollouts_filtered", "rollouts_failed", "tokens", "updates", "reexecuted", "trials", "seconds"]
 
 @pytest.mark.parametrize("bad,says", [(dict(rollouts=3), "sum of rollouts_cold"), (dict(token=3), "did you mean 'tokens'"), (dict(tokens=-1), "tokens cannot grow by -1"),
                                       (dict(seconds=float("nan")), "seconds cannot grow by nan"), (dict(rollouts_filtered=9), "9 rollouts filtered or failed out of 4")])

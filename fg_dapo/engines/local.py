@@ -348,7 +348,7 @@ class Replayer:
         self.scenarios, self.transfer, self.chat, self.names = scenarios, config.algorithm.transfer, chat, names
         self.buffer = ReplayBuffer(self.transfer.capacity, "shortest_per_task" if self.transfer.reexecute else "all")
         self.elsewhere = Elsewhere(scenarios)
-        self.reexecuted = 0
+        self.reexecuted = self.trials = 0
     def fill(self)->None:
         "Put the right plan of every task into the buffer. It comes from the hidden rules: what replay reaches with it is a limit."
         for s in self.scenarios.values():
@@ -377,6 +377,9 @@ class Replayer:
         "The entry, or one that was found elsewhere, as many as there are of each."
         n = len(self.elsewhere)
         return rng.choice(list(self.elsewhere)) if n and rng.random() < n / (n + len(self.buffer)) else entry
+    def tried(self, n:int)->None:
+        "Count trials; they are episodes as well."
+        self.reexecuted, self.trials = self.reexecuted + n, self.trials + n
     def unused(self, rng, s:Scenario)->str:
         "A name of the same industry that no company of the world has."
         while (name := random_name(rng, s.company.industry)) in self.names: pass
@@ -386,13 +389,13 @@ class Replayer:
 @patch
 def widen(self:Replayer)->None:
     "Try what is known now and was not tried: plans at other companies, and stand-ins."
-    if self.transfer.elsewhere: self.reexecuted += self.elsewhere.look(self.buffer)
+    if self.transfer.elsewhere: self.tried(self.elsewhere.look(self.buffer))
     if not self.transfer.lacking: return
     told = told_fields(self.buffer, self.scenarios)
     for held in self.buffer, self.elsewhere:
         for e in list(held):
             new, trials = find_stand_ins(e, self.elsewhere.where(e), told, rng_for(0, "stand-ins", e.task_id))
-            self.reexecuted += trials
+            self.tried(trials)
             if trials: held.update(new)
 
 @patch
@@ -693,6 +696,7 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         for name, opt in self.optimizers.items(): load_optimizer(opt, folder / f"{name}.safetensors")
         self.step, self.tasks, self.ledger, self.replayer.reexecuted = state["step"], state["tasks"], Ledger.from_dict(state["ledger"]), 0
+        self.replayer.trials = 0
         self.replayer.buffer.load_state_dict(state["buffer"])
         if "elsewhere" in state: self.replayer.elsewhere.load_state_dict(state["elsewhere"])
         if self.control: self.control.load_state_dict(state["control"])
@@ -716,9 +720,9 @@ def train_step(self:Trainer)->tuple[dict, list[Sample]]:
     if c.algorithm.transfer.mode == "replay":
         for s in samples:
             if s.result["acc"] >= 1 and (e := to_entry(s, c.algorithm.transfer.reexecute)): self.replayer.buffer.add(e)
-        before = self.replayer.reexecuted
+        before, tried = self.replayer.reexecuted, self.replayer.trials
         replay = replay_updates(self.model, self.replay_opt, self.replayer, self.tok, self.step, c)
-        self.ledger.add(reexecuted=self.replayer.reexecuted - before)
+        self.ledger.add(reexecuted=self.replayer.reexecuted - before, trials=self.replayer.trials - tried)
     self.model.eval()
     t2 = clock()
     guided = sum(s.guided for s in samples)
@@ -739,7 +743,7 @@ def evaluate(self:Trainer)->dict:
     scenarios = self.world.scenarios("val")[:tr.eval_tasks]
     sampler = make_sampler(self.model, self.tok, self.world, self.config, e.temperature)
     samples, seen = (play_tasks(sampler, some, seed_for(self.config.seed, "eval", self.step), tr.eval_samples) for some in (scenarios, seen_scenarios(self.world, "val", len(scenarios))))
-    return dict(step=self.step, tasks=self.tasks, rollouts=self.ledger.rollouts, tokens=self.ledger.tokens, seconds=self.ledger.seconds, split="val", mode="cold",
+    return dict(step=self.step, tasks=self.tasks, rollouts=self.ledger.rollouts, trials=self.ledger.trials, tokens=self.ledger.tokens, seconds=self.ledger.seconds, split="val", mode="cold",
         temperature=e.temperature, k=tr.eval_samples, **summary(samples, seen))
 
 # %% ../../nbs/engines/20_local.ipynb #1192e4bd

@@ -230,20 +230,20 @@ class FeedbackGuidedDAPOTrainer(PPOTrainerSync):
 def step(self:FeedbackGuidedDAPOTrainer, metrics:dict, timing_raw:dict):
     "One training step."
     start, self.group_of, self.samples = time.perf_counter(), {}, {}
-    before, self.numbers = self.replayer.reexecuted, {}
+    before, tried, self.numbers = self.replayer.reexecuted, self.replayer.trials, {}
     batch = super(FeedbackGuidedDAPOTrainer, self).step(metrics, timing_raw)
     samples = sorted(self.samples.values(), key=lambda s: (s.group, s.position))
-    self.account(samples, metrics, timing_raw, time.perf_counter() - start, self.replayer.reexecuted - before)
+    self.account(samples, metrics, timing_raw, time.perf_counter() - start, self.replayer.reexecuted - before, self.replayer.trials - tried)
     return batch
 
 @patch
-def account(self:FeedbackGuidedDAPOTrainer, samples:list[Sample], metrics:dict, timing:dict, seconds:float, reexecuted:int)->None:
+def account(self:FeedbackGuidedDAPOTrainer, samples:list[Sample], metrics:dict, timing:dict, seconds:float, reexecuted:int, trials:int)->None:
     "Count a step, and write it down."
     t, n = self.run.train, self.numbers
     guided, (_, keep, stats) = sum(s.guided for s in samples), judge(samples, self.run)
     failed = sum(s.result["error"] is not None for s in samples)
     self.ledger.add(rollouts_cold=len(samples) - guided, rollouts_guided=guided, tokens=sum(s.rollout.tokens for s in samples), updates=n.get("updates", 0) + n.get("replay_updates", 0),
-        reexecuted=reexecuted, seconds=seconds)
+        reexecuted=reexecuted, trials=trials, seconds=seconds)
     self.ledger.add(rollouts_filtered=int((~keep).sum()), rollouts_failed=failed)
     sampled = timing.get("gen", 0.0)
     trained = [s for s, k in zip(samples, keep.tolist()) if k]
@@ -345,7 +345,7 @@ def _validate(self:FeedbackGuidedDAPOTrainer)->dict:
     e = self.run.evaluation
     samples = sorted(self.val_samples.values(), key=lambda s: (s.rollout.job.scenario.task.id, s.position))
     l = self.ledger
-    row = dict(step=self.global_steps, tasks=self.taken, rollouts=l.rollouts, tokens=l.tokens, seconds=l.seconds, split="val", mode="cold", temperature=e.temperature, k=self.run.train.eval_samples, **summary(samples))
+    row = dict(step=self.global_steps, tasks=self.taken, rollouts=l.rollouts, trials=l.trials, tokens=l.tokens, seconds=l.seconds, split="val", mode="cold", temperature=e.temperature, k=self.run.train.eval_samples, **summary(samples))
     append_jsonl(self.dir / "evals.jsonl", row)
     return metrics | {f"fg/val/{k}": v for k, v in flat(row).items()}
 

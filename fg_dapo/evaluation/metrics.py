@@ -270,7 +270,7 @@ ACC = dict(seen="acc_seen", training="acc_training_companies", heldout="acc_held
 
 def reach_of(
     result:dict, # A result file
-    by:str="rollouts", # One of `SPENT`
+    by:str="rollouts", # One of `SPENT`, or `rollouts_and_trials`
     threshold:float=0.5,
     companies:str="training", # Or seen, heldout
     hold:int=2, # As in `first_reach`
@@ -278,7 +278,7 @@ def reach_of(
     "What a run had spent when it reached a cold-start success, as censored data."
     key = ACC[companies]
     rows = eval_stream(result.get("evals", []))
-    return first_reach([r[by] for r in rows], [r.get(key) for r in rows], threshold, hold)
+    return first_reach([r["rollouts"] + r["trials"] if by == "rollouts_and_trials" else r[by] for r in rows], [r.get(key) for r in rows], threshold, hold)
 
 def area(
     result:dict, # A result file

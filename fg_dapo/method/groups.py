@@ -136,6 +136,7 @@ class Ledger:
     tokens:int=0 # Tokens the policy sampled
     updates:int=0 # Optimizer steps
     reexecuted:int=0 # Episodes of the environment without the policy
+    trials:int=0 # Of these, plans that were tried to see whether they work
     seconds:float=0. # Wall clock
     @property
     def rollouts(self)->int:
