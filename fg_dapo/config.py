@@ -85,7 +85,7 @@ class TransferConfig(Section):
     name_dropout:Share = Field(0.3, description="Share of replay rows that carry an unused company name, and other phone numbers")
     department_dropout:Share = Field(0.0, description="In rows with an unused name, without feedback and with reexecute: share of the departments the task does not need that are not there")
     lacking:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, whose fresh user lacks a field; above 0, plans also ask for what other plans of the industry told the same department, where a trial shows that the company has a use for it: it may stand in")
-    elsewhere:bool = Field(False, description="With reexecute: replay rows with an unused name, without feedback, also carry plans for requests that no solved task made at a company; each is found by trying there, in the environment, what worked at other training companies of the industry")
+    elsewhere:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, that carry plans for requests that no solved task made at a company; each is found by trying there, in the environment, what worked at other training companies of the industry; this begins when every task has been tried once")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
     temperature:float = Field(1.0, gt=0, description="Replay fits the policy at this temperature; fitted at 2 and sampled at 1, what plans have most often comes more often still, and their exceptions less")
     oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
@@ -214,8 +214,8 @@ def conflicts(
          "departments are left out of re-executed rows with an unused name; set transfer.reexecute to true and transfer.name_dropout above 0, or department_dropout to 0")
     rule(c.algorithm.transfer.lacking > 0 and not c.algorithm.transfer.reexecute, ("algorithm.transfer.lacking", "algorithm.transfer.reexecute"),
          "only re-executed rows have a fresh user who can lack a field; set transfer.reexecute to true, or lacking to 0")
-    rule(c.algorithm.transfer.elsewhere and not (c.algorithm.transfer.reexecute and c.algorithm.transfer.name_dropout), ("algorithm.transfer.elsewhere", "algorithm.transfer.reexecute", "algorithm.transfer.name_dropout"),
-         "plans that were found elsewhere are re-executed, in rows with an unused name; set transfer.reexecute to true and transfer.name_dropout above 0, or elsewhere to false")
+    rule(c.algorithm.transfer.elsewhere > 0 and not c.algorithm.transfer.reexecute, ("algorithm.transfer.elsewhere", "algorithm.transfer.reexecute"),
+         "plans that were found elsewhere are re-executed; set transfer.reexecute to true, or elsewhere to 0")
     rule(c.algorithm.transfer.oracle and (mode != "replay" or not c.algorithm.transfer.reexecute), ("algorithm.transfer.oracle", "algorithm.transfer.mode", "algorithm.transfer.reexecute"),
          "the right plans are there to be replayed; set transfer.mode to replay and transfer.reexecute to true")
     return out + (_verl_conflicts(c) if c.engine == "verl" else [])

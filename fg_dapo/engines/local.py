@@ -360,7 +360,7 @@ class Replayer:
     def row(self, rng, entry:Entry)->Transcript|None:
         feedback = entry.payload["feedback"] if rng.random() < self.transfer.guided_rows else ""
         unnamed = rng.random() < self.transfer.name_dropout
-        if unnamed and not feedback: entry = self.anywhere(rng, entry)
+        if not feedback: entry = self.anywhere(rng, entry)
         home = s = self.elsewhere.where(entry)
         if unnamed:
             if self.transfer.department_dropout and not feedback: s = thinned(s, {d for d, _ in entry_plan(entry).calls}, self.transfer.department_dropout, rng)
@@ -374,9 +374,9 @@ class Replayer:
         episode, transcript = transcribe(entry_plan(entry), s, self.chat, feedback)
         return transcript if served(episode) else None
     def anywhere(self, rng, entry:Entry)->Entry:
-        "The entry, or one that was found elsewhere, as many as there are of each."
+        "The entry, or one that was found elsewhere; none of these comes more often than the others do."
         n = len(self.elsewhere)
-        return rng.choice(list(self.elsewhere)) if n and rng.random() < n / (n + len(self.buffer)) else entry
+        return rng.choice(list(self.elsewhere)) if n and rng.random() < min(self.transfer.elsewhere, n / (n + len(self.buffer))) else entry
     def tried(self, n:int)->None:
         "Count trials; they are episodes as well."
         self.reexecuted, self.trials = self.reexecuted + n, self.trials + n
@@ -387,9 +387,11 @@ class Replayer:
 
 # %% ../../nbs/engines/20_local.ipynb #a4987a0a
 @patch
-def widen(self:Replayer)->None:
+def widen(self:Replayer,
+    seen:bool=True, # Whether every task has been tried once: before, plans for other companies would be guesses
+)->None:
     "Try what is known now and was not tried: plans at other companies, and stand-ins."
-    if self.transfer.elsewhere: self.tried(self.elsewhere.look(self.buffer))
+    if self.transfer.elsewhere and seen: self.tried(self.elsewhere.look(self.buffer))
     if not self.transfer.lacking: return
     told = told_fields(self.buffer, self.scenarios)
     for held in self.buffer, self.elsewhere:
@@ -484,7 +486,7 @@ def replay_updates(
     "The updates on what worked."
     tr, rng, sums = replayer.transfer, rng_for(config.seed, "replay", step), []
     if not len(replayer.buffer): return dict(replay_loss=None, updates=0)
-    replayer.widen()
+    replayer.widen((step + 1) * config.train.tasks_per_step >= len(replayer.scenarios))
     set_lr(opt, replay_lr(tr, step, config.train.steps))
     n = replay_count(tr, len(replayer.buffer))
     for _ in range(n):

@@ -324,7 +324,7 @@ def replay(self:FeedbackGuidedDAPOTrainer, metrics:dict)->None:
     t, step, losses = self.run.algorithm.transfer, self.global_steps - 1, []
     ranks, rng = self.run.hardware.nodes * self.run.hardware.gpus_per_node, rng_for(self.run.seed, "replay", step)
     if not len(self.replayer.buffer): return
-    self.replayer.widen()
+    self.replayer.widen(self.global_steps * self.run.train.tasks_per_step >= len(self.replayer.scenarios))
     lr = replay_lr(t, step, self.run.train.steps)
     n = replay_count(t, len(self.replayer.buffer))
     for i in range(n):
