@@ -379,7 +379,7 @@ def test_lacking_needs_reexecution(small):
 
 # The same request elsewhere
 
-ELSEWHERE = ["algorithm.transfer.elsewhere=true", "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.department_dropout=0.5", "algorithm.transfer.guided_rows=0.25"]
+ELSEWHERE = ["algorithm.transfer.elsewhere=0.25", "algorithm.transfer.name_dropout=0.5", "algorithm.transfer.department_dropout=0.5", "algorithm.transfer.guided_rows=0.25"]
 
 @pytest.fixture
 def shipped(small): return [*small, *ELSEWHERE, "data.folder=data"] # Whole industries
@@ -409,19 +409,35 @@ def test_plans_from_elsewhere_are_right_where_they_are(shipped, tmp_path):
     r.widen()
     assert r.reexecuted == before # Nothing is tried twice, and there is an end
 
-def test_a_company_that_has_a_name_is_replayed_only_with_what_was_solved_there(shipped, tmp_path):
+def test_rows_from_elsewhere_are_as_many_as_asked_for_and_never_guided(shipped, tmp_path):
     t = looked(shipped, tmp_path / "r", 2)
-    before = t.replayer.reexecuted
-    with patch.object(local, "transcribe", wraps=transcribe) as played: rows = t.replayer.rows(rng_for(0, "t"), 600)
-    assert t.replayer.reexecuted - before == played.call_count == 600 and len(rows) > 550
-    named, found = {s.company.name for s in t.scenarios}, Counter()
+    before, tried = t.replayer.reexecuted, t.replayer.trials
+    with patch.object(local, "transcribe", wraps=transcribe) as played: rows = t.replayer.rows(rng_for(0, "t"), 800)
+    assert t.replayer.reexecuted - before == played.call_count == 800 and len(rows) > 750 and t.replayer.trials == tried == before # No row is a trial
+    names, found = {s.company.name for s in t.scenarios}, Counter()
     for call in played.call_args_list:
         s, feedback = call.args[1], call.args[3]
-        elsewhere = ":" in s.task.id
-        assert not (elsewhere and (s.company.name in named or feedback))
-        found[elsewhere, s.company.name in named] += 1
-    share = len(t.replayer.elsewhere) / (len(t.replayer.elsewhere) + len(t.replayer.buffer))
-    assert abs(found[True, False] / (found[True, False] + found[False, False]) - share) < 0.12 and found[False, True] > 250
+        found[":" in s.task.id, s.company.name in names, bool(feedback)] += 1
+    assert not found[True, True, True] + found[True, False, True]
+    guided, elsewhere = sum(n for k, n in found.items() if k[2]), sum(n for k, n in found.items() if k[0])
+    assert abs(elsewhere / (800 - guided) - 0.25) < 0.05 and abs(found[True, True, False] / elsewhere - 0.5) < 0.12 # Half of them with their own name
+
+def test_little_that_was_found_is_not_replayed_often(shipped, tmp_path):
+    t = looked(shipped, tmp_path / "r", 1)
+    r = t.replayer
+    r.elsewhere.entries = dict(list(r.elsewhere.entries.items())[:10])
+    got = Counter(":" in r.anywhere(rng_for(0, "t", i), next(iter(r.buffer))).task_id for i in range(2000))
+    assert abs(got[True] / 2000 - 10 / (10 + len(r.buffer))) < 0.01
+    r.elsewhere.entries = {}
+    rng = rng_for(0, "t")
+    assert r.anywhere(rng, "e") == "e" and rng.random() == rng_for(0, "t").random() # And nothing is drawn where there is none
+
+def test_nothing_is_tried_elsewhere_before_every_task_was_tried(shipped, tmp_path):
+    t = Trainer(load_config(None, [*shipped, "train.tasks_per_step=200", "algorithm.transfer.updates=1", "algorithm.transfer.rows=2"]), tmp_path / "r")
+    for s in t.scenarios[:50]: t.replayer.buffer.add(entry_of(s))
+    for step, begun in (0, False), (1, False), (2, True): # 500 tasks
+        replay_updates(t.model, t.opt, t.replayer, t.tok, step, t.config)
+        assert bool(t.replayer.elsewhere.tried) == begun == bool(t.replayer.trials)
 
 def test_a_solved_task_takes_the_place_of_what_was_found(shipped, tmp_path):
     t = Trainer(load_config(None, shipped), tmp_path / "r")
@@ -452,6 +468,7 @@ def test_what_was_found_elsewhere_survives_a_restart(shipped, tmp_path):
     c = load_config(None, [*shipped, "algorithm.transfer.lacking=0.5"])
     t = Trainer(c, tmp_path / "r")
     for s in t.scenarios[:200]: t.replayer.buffer.add(entry_of(s))
+    t.replayer.widen()
     t.train_step()
     t.save()
     again = Trainer(c, tmp_path / "r")
@@ -460,9 +477,8 @@ def test_what_was_found_elsewhere_survives_a_restart(shipped, tmp_path):
     for x in (t, again): x.replayer.widen()
     assert again.replayer.elsewhere.state_dict() == t.replayer.elsewhere.state_dict()
 
-def test_elsewhere_needs_rows_without_a_name(small):
-    for bad in "reexecute=false", "name_dropout=0":
-        with pytest.raises(ConfigError, match="plans that were found elsewhere are re-executed, in rows with an unused name"): load_config(None, [*small, "algorithm.transfer.elsewhere=true", f"algorithm.transfer.{bad}"])
+def test_elsewhere_needs_reexecution(small):
+    with pytest.raises(ConfigError, match="plans that were found elsewhere are re-executed; set transfer.reexecute to true, or elsewhere to 0"): load_config(None, [*small, "algorithm.transfer.elsewhere=0.2", "algorithm.transfer.reexecute=false"])
 
 def test_replay_teaches(small, tmp_path):
     t = Trainer(load_config(None, [*small, "algorithm.transfer.updates=5", "algorithm.transfer.rows=8", "algorithm.transfer.warmup_steps=0"]), tmp_path / "r")

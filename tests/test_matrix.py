@@ -445,6 +445,8 @@ def test_numbers_read_from_a_result():
     r = result("fg_replay", 0, (.1, .3, .2, .35, .4, .6, .7))
     assert reach_of(r, "rollouts", .3) == (384, False) and reach_of(r, "rollouts", .3, hold=1) == (128, False) and reach_of(r, "seconds", .5) == (50.0, False)
     assert reach_of(r, "tasks", .7) == (96, True) and reach_of(r, "tokens", .3, "heldout") == (500, False) and reach_of({}, "tasks", .3) == (None, True)
+    for i, e in enumerate(r["evals"]): e["trials"] = (0, 0, 100, 150, 150, 1000, 1000)[i]
+    assert reach_of(r, "rollouts_and_trials", .3) == (384 + 150, False) and reach_of(r, "rollouts_and_trials", .9) == (768 + 1000, True)
     assert cold_rate(r) == .8 and cold_rate(r, levels=[7]) is None and cold_rate(r, mode="greedy") is None
     assert by_position(r, (1, 5)) == pytest.approx([.1, .6]) and by_position(r, (6, 10)) == pytest.approx([.5, .6]) and by_position(r, (90, 99)) == []
     assert guided_gap(r, (1, 5)) == pytest.approx(.5) and guided_gap(r, (6, 10)) == pytest.approx(.1) and guided_gap(r, (99, 99)) is None
@@ -533,7 +535,7 @@ def test_a_threshold_with_an_interval_of_its_own():
 def test_a_protocol_that_cannot_decide_is_refused(change, words):
     with pytest.raises(ValueError, match=re.escape(words)): check_protocol(PROTOCOL | dict(criteria=[change]))
 
-@pytest.mark.parametrize("part,groups", [("", {"issue", "minimum", "target", "stretch", "easy world"}), ("_2", {"issue", "target", "stretch"}), ("_3", {"issue", "easy world"}), ("_4", {"issue"})])
+@pytest.mark.parametrize("part,groups", [("", {"issue", "minimum", "target", "stretch", "easy world"}), ("_2", {"issue", "target", "stretch"}), ("_3", {"issue", "easy world"}), ("_4", {"issue"}), ("_5", {"issue", "trials"})])
 def test_the_protocol_quotes_its_criteria(part, groups):
     p = read_yaml((EXPERIMENTS / f"protocol{part}.yaml").read_text())
     check_protocol(p)
@@ -542,15 +544,19 @@ def test_the_protocol_quotes_its_criteria(part, groups):
     assert {c[k] for c in p["criteria"] for k in ("ours", "reference") if k in c} <= arms
     assert {c["group"] for c in p["criteria"]} == groups
 
-@pytest.mark.parametrize("part,kinds,new", [("_2", ["standard"], []), ("_3", ["standard", "easy"], []), ("_4", ["standard"], ["foreign_is_control"])])
+@pytest.mark.parametrize("part,kinds,new", [("_2", ["standard"], []), ("_3", ["standard", "easy"], []), ("_4", ["standard"], ["foreign_is_control"]), ("_5", ["standard"], ["dapo_50_trials", "control_50_trials"])])
 def test_a_later_confirmation_decides_with_the_numbers_of_the_first_in_worlds_of_its_own(part, kinds, new):
     first, later = (read_yaml((EXPERIMENTS / f"protocol{p}.yaml").read_text()) for p in ("", part))
     ids = [c["id"] for c in later["criteria"]]
     assert [c for c in later["criteria"] if c["id"] not in new] == [c for c in first["criteria"] if c["id"] in ids] and [i for i in ids if i not in {c["id"] for c in first["criteria"]}] == new and all(later[k] == first[k] for k in ("min_seeds", "curve", "early_steps", "late_steps"))
     asked_before = next(c for c in first["criteria"] if c["id"] == "shuffled_is_control")
-    for c in later["criteria"]: assert c["id"] not in new or {k: v for k, v in c.items() if k in ("group", "measure", "companies", "reference")} == {k: asked_before[k] for k in ("group", "measure", "companies", "reference")}
+    for c in later["criteria"]:
+        if c["id"] == "foreign_is_control": assert {k: c[k] for k in ("group", "measure", "companies", "reference")} == {k: asked_before[k] for k in ("group", "measure", "companies", "reference")}
+        if c["id"].endswith("_trials"):
+            like = next(x for x in first["criteria"] if x["id"] == c["id"].removesuffix("_trials"))
+            assert {k: c[k] for k in ("measure", "to", "ours", "reference")} == {k: like[k] for k in ("measure", "to", "ours", "reference")} and c["of"] == "rollouts_and_trials" and c["at_least"] == c["above"] == 1
     a, b = (load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml") for p in ("", part))
-    others = {w.seed for p in {"", "_2", "_3", "_4"} - {part} for w in load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml").worlds}
+    others = {w.seed for p in {"", "_2", "_3", "_4", "_5"} - {part} for w in load_matrix(EXPERIMENTS / f"configs/matrix_confirm{p}.yaml").worlds}
     assert a.seeds == b.seeds and a.eval_tasks == b.eval_tasks and not others & {w.seed for w in b.worlds} and [w.kind for w in b.worlds] == kinds
     text = (EXPERIMENTS / "PROTOCOL.md").read_text()
     for steps in [{k: c.train.steps for k, c in b.arms.items()}] + [{a: w.own.get(a, {}).get("train", {}).get("steps", b.arms[a].train.steps) for a in w.arms} for w in b.worlds]:

@@ -387,7 +387,9 @@ def limit_section(ev:Evidence)->Section:
             "whoever draws from the plans as often as they occur, as a policy at temperature 1 does, takes exceptions for rules. "
             "Replay that fits the policy at temperature 2 (transfer.temperature) lets what is frequent come more often at temperature 1, exceptions less; with departments left out (transfer.department_dropout), so that they do not tell the company, that is *_sharp, and ours and the control in the third confirmation.",
         "The shortest plan asks for what its user had. A user who lacks a field is served where another stands in for it, and the form, which is filled in once, must ask for both before anybody knows. Plans that also ask for what other plans of the industry told the same department, where a trial shows that the company has a use for it (transfer.lacking), "
-            "are *_wide, at temperature 3 *_wider, and ours and the control in the fourth confirmation. What is left after that was not measured apart. A look at single episodes, which left no result file, found wrong routes more often than wrong fields."]
+            "are *_wide, at temperature 3 *_wider, and ours and the control in the fourth confirmation. What is left after that was not measured apart. A look at single episodes, which left no result file, found wrong routes more often than wrong fields.",
+        "Where few training tasks make the same request in an industry, their majority is no rule. Plans that are tried at other training companies of the industry, where no task made the request (transfer.elsewhere), are ours and the control in the fifth confirmation, and fg_quarter in exploration. "
+            "The trials take episodes of the environment, not of the policy; no held-out company is tried. Requests that no training task has are no longer new to an arm that tried them."]
     return section("limit", "What limits the end", text(EXPLORED, "note"), *map(text, said), *([limit_table(some), told_table(some)] if some else [text(NOTHING_RUN)]),
         *([text("In the confirmations:"), limit_table(confirmed), told_table(confirmed)] if confirmed else []))
 
@@ -416,7 +418,8 @@ def related_words(evidence:Evidence)->list[str]:
     return out
 
 THEMES = { # What criteria ask for together, to which criteria of a protocol that is
-    "Fewer rollouts or tasks to a threshold": lambda c: c["measure"] == "ratio" and c["of"] != "seconds",
+    "Fewer rollouts or tasks to a threshold": lambda c: c["measure"] == "ratio" and c["of"] in ("rollouts", "tasks"),
+    "The same with every trial of replay counted as a rollout": lambda c: c["measure"] == "ratio" and c["of"] == "rollouts_and_trials",
     "Fewer seconds to a threshold": lambda c: c["measure"] == "ratio" and c["of"] == "seconds",
     "Cold start at the end": lambda c: c["measure"] == "cold",
     "Above DAPO at the end, and above the start": lambda c: c["measure"] == "growth" or c["measure"] == "difference" and c["group"] != "easy world",

@@ -723,7 +723,8 @@ def behaviour_table(results)->Block:
 
 def cost_of(results)->dict: # runs, hours of one core, and the sums of the ledger
     "What some runs cost together."
-    total = {k: sum((r.get("ledger") or {}).get(k) or 0 for r in results) for k in LEDGER}
+    told = {k: [l[k] for r in results if (l := r.get("ledger") or {}).get(k) is not None] for k in LEDGER}
+    total = {k: None if results and not v else sum(v) for k, v in told.items()}
     return total | dict(runs=len(results), hours=sum(sum((r.get("wall_seconds") or {}).values()) for r in results) / 3600)
 
 def cost_table(results)->Block:
@@ -733,7 +734,7 @@ def cost_table(results)->Block:
         return [world, name, c["runs"], *(num(c[k]) for k in LEDGER), f"{c['hours']:.1f}"]
     rows = [row(w, arm_label(a), mine) for w, a, mine in groups_of(results)]
     return table(["world", "arm", "runs", *LEDGER.values(), "hours"], [*rows, row("all", "all", results)] if rows else [],
-        f"Sums over runs. Seconds: training only. Hours: training and final evaluations, of one core. Re-run: episodes of the environment without sampling. {note_of(results)}.")
+        f"Sums over runs. Seconds: training only. Hours: training and final evaluations, of one core. Re-run: episodes of the environment without sampling. Trials: of these, plans that were tried; a dash where runs did not count them apart. {note_of(results)}.")
 
 def dead_groups_table(results)->Block:
     "How much of what was sampled had a difference to learn from, and on how many tasks the run ever succeeded."

@@ -166,7 +166,7 @@ CAPTIONS = dict(
     ceiling=" The dashed line is the best that a policy reaches that knows only the rules of the world, not its exceptions.",
     reach="training rollouts to a cold-start success, median over seeds. '>': not reached, the number is the budget.",
     cost="Training only. Filtered: rollouts of groups without a difference to learn from. Failed: rollouts that broke. Re-run: episodes of the "
-         "environment that replayed a solved plan, without sampling. Seconds are wall-clock seconds of this machine.",
+         "environment that replayed a solved plan, without sampling. Trials: of these, plans that were tried and trained nothing. Seconds are wall-clock seconds of this machine.",
     positions="An arm without feedback is flat, because its rollouts are drawn alike. A rising line is feedback at work, not yet learning.",
     gap="Solid: what the policy does alone. That is the line which has to rise.",
     evaluations="Each run's last evaluation of each kind, with 95% intervals. In mode 'feedback' a failed episode is tried once more with its "
@@ -312,7 +312,7 @@ def claims_table(
 
 # %% ../../nbs/evaluation/40_report.ipynb #41a80c16
 LEDGER = dict(rollouts="rollouts", rollouts_cold="cold", rollouts_guided="guided", rollouts_filtered="filtered", rollouts_failed="failed",
-    tokens="tokens", updates="updates", reexecuted="re-run", seconds="seconds")
+    tokens="tokens", updates="updates", reexecuted="re-run", trials="trials", seconds="seconds")
 
 def cost(runs, metrics)->Section|None:
     "The ledger of every run, and where the seconds went."
