@@ -116,7 +116,8 @@ def test_reliability_cost_and_stalling_by_hand():
     assert cells(behaviour_table(TWO), "standard-100", "DAPO") == ("2", "90% (90 to 90)", "80% (80 to 80)", "100% (100 to 100)")
     c = cost_of(TWO) # 4 runs of 7 steps
     assert (c["runs"], c["rollouts"], c["rollouts_guided"], c["updates"], c["hours"]) == (4, 4 * 896, 4 * 672, 240, pytest.approx(480 / 3600))
-    assert cells(cost_table(TWO), "all", "all") == ("4", "3,584", "896", "2,688", "32", "0", "36,000", "240", "160", "400", "0.1")
+    assert cells(cost_table(TWO), "all", "all") == ("4", "3,584", "896", "2,688", "32", "0", "36,000", "240", "160", "–", "400", "0.1") # Runs that did not count trials apart
+    assert cost_of([*TWO[1:], dict(TWO[0], ledger=TWO[0]["ledger"] | dict(trials=7))])["trials"] == 7
     assert cells(dead_groups_table(TWO), "standard-100", "DAPO") == ("2", "25% (25 to 25)", "7")
     assert cost_table([]).rows == () and cost_of([])["rollouts"] == 0
 
