@@ -411,6 +411,7 @@ def test_plans_from_elsewhere_are_right_where_they_are(shipped, tmp_path):
 
 def test_rows_from_elsewhere_are_as_many_as_asked_for_and_never_guided(shipped, tmp_path):
     t = looked(shipped, tmp_path / "r", 2)
+    for e in list(t.replayer.buffer): t.replayer.buffer.update(replace(e, payload=e.payload | dict(feedback="Billing wants: pin.")))
     before, tried = t.replayer.reexecuted, t.replayer.trials
     with patch.object(local, "transcribe", wraps=transcribe) as played: rows = t.replayer.rows(rng_for(0, "t"), 800)
     assert t.replayer.reexecuted - before == played.call_count == 800 and len(rows) > 750 and t.replayer.trials == tried == before # No row is a trial
@@ -420,6 +421,7 @@ def test_rows_from_elsewhere_are_as_many_as_asked_for_and_never_guided(shipped, 
         found[":" in s.task.id, s.company.name in names, bool(feedback)] += 1
     assert not found[True, True, True] + found[True, False, True]
     guided, elsewhere = sum(n for k, n in found.items() if k[2]), sum(n for k, n in found.items() if k[0])
+    assert guided > 150
     assert abs(elsewhere / (800 - guided) - 0.25) < 0.05 and abs(found[True, True, False] / elsewhere - 0.5) < 0.12 # Half of them with their own name
 
 def test_little_that_was_found_is_not_replayed_often(shipped, tmp_path):
