@@ -422,7 +422,7 @@ def test_rows_from_elsewhere_are_as_many_as_asked_for_and_never_guided(shipped, 
     assert not found[True, True, True] + found[True, False, True]
     guided, elsewhere = sum(n for k, n in found.items() if k[2]), sum(n for k, n in found.items() if k[0])
     assert guided > 150
-    assert abs(elsewhere / (800 - guided) - 0.25) < 0.05 and abs(found[True, True, False] / elsewhere - 0.5) < 0.12 # Half of them with their own name
+    assert abs(elsewhere / (800 - guided) - 0.25) < 0.05 and abs(found[True, True, False] / elsewhere - 0.5) < 0.2 # Half of them with their own name
 
 def test_little_that_was_found_is_not_replayed_often(shipped, tmp_path):
     t = looked(shipped, tmp_path / "r", 1)
