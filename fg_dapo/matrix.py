@@ -206,7 +206,7 @@ def make_jobs(
 # %% ../nbs/88_matrix.ipynb #27dbf162
 STEP_KEYS = ("step", "rollouts", "acc_by_position", "acc_cold", "acc_guided", "groups", "groups_kept", "groups_dead", "groups_dead_cold", "solved_tasks", "buffer",
     "entropy", "bad_call_rate", "response_tokens_mean", "feedback_tokens_mean", "replay_loss")
-CURVE_KEYS = ("step", "tasks", "rollouts", "tokens", "seconds", "split", "mode", "temperature", "n", "acc", "acc_seen", "acc_training_companies", "acc_heldout", "n_seen", "n_training_companies", "n_heldout")
+CURVE_KEYS = ("step", "tasks", "rollouts", "trials", "tokens", "seconds", "split", "mode", "temperature", "n", "acc", "acc_seen", "acc_training_companies", "acc_heldout", "n_seen", "n_training_companies", "n_heldout")
 MAX_STEPS, MAX_BYTES, FORMAT = 400, 200_000, 1
 
 def rounded(x, digits:int=4):

@@ -278,6 +278,7 @@ def reach_of(
     "What a run had spent when it reached a cold-start success, as censored data."
     key = ACC[companies]
     rows = eval_stream(result.get("evals", []))
+    if by == "rollouts_and_trials" and any("trials" not in r for r in rows): raise ValueError(f"{result.get('name', 'a result')} does not count its trials; ask for rollouts, or make the result anew")
     return first_reach([r["rollouts"] + r["trials"] if by == "rollouts_and_trials" else r[by] for r in rows], [r.get(key) for r in rows], threshold, hold)
 
 def area(
