@@ -189,6 +189,7 @@ def likely_plans(
             plans.append((-n * math.prod(-p for p, _ in choice), str(plan), plan))
     return [plan for _, _, plan in sorted(plans, key=lambda x: x[:2])[:TRIES]]
 
+# %% ../../nbs/method/60_replay.ipynb #64f9b0de
 class Elsewhere:
     "Plans for requests that no solved task made at a company, found by trying there what worked at others of its industry."
     def __init__(self,
