@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
+from markdown_it import MarkdownIt
 from scipy import stats
 
 from fg_dapo.core import append_jsonl, read_json, write_json
@@ -13,7 +14,7 @@ from fg_dapo.evaluation import plots
 from fg_dapo.evaluation.failures import failure_counts, failure_table, failures_by_level, feedback_effect
 from fg_dapo.evaluation.metrics import (arm_iqm, behavioral, censored_ratio, compute_all_metrics, eval_stream, first_reach, holm, iqm, mean_interval, median_reach, pass_at_k, pass_hat_k,
     pass_table, seed_interval, sign_flip, stratified_bootstrap, success_rate, verdict)
-from fg_dapo.evaluation.report import build_report, example_group, final_rates, frame, load_runs, md_block, code, to_markdown, write_report
+from fg_dapo.evaluation.report import build_report, example_group, final_rates, frame, load_runs, md_block, md_line, code, to_markdown, write_report
 from fg_dapo.evaluation.synthetic import synthetic_run
 
 quick = settings(deadline=None, max_examples=60)
@@ -331,6 +332,71 @@ def test_html_loads_nothing_and_runs_nothing(runs_dir, tmp_path):
     outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", md)
     assert "alert" not in outside.split("\n", 1)[1] and "<script" not in outside
     assert set(read_json(tmp_path / "metrics.json")) == {"dapo-s0", "dapo_replay-s0", "fg_plan-s0", "fg_replay-s0"}
+
+HOSTILE = dict(
+    escape="\x1b[31mred\x1b[0m\x07", null="a\x00b", backspace="safe\b\b\b\bevil", c1="\x9b31m", dollar="costs $5", mathematics=r"$\frac{$ $x_1^2$", pipe="a | b || c",
+    backticks="```` `x` ~~~", newline="one\ntwo\r\nthree\rfour", separators="a\u2028b\u2029c\x85d\x0be\x0cf", bidi="abc\u202etxt.exe\u2066", invisible="a\u200bb\ufeffc\xadd",
+    surrogate="half \ud83d of one", html="<script>alert(1)</script><img src=x onerror=alert(2)>", comment="<!-- --> <![CDATA[ ]]> &lt;b&gt; &amp;amp;", closing="</pre></td></table></section>",
+    link="[click](http://evil.example) ![i](http://evil.example/x.png)", bare="http://evil.example www.evil.example me@evil.example", emphasis="*a* **b** _c_ __d__ ~~e~~", heading="# Not a heading",
+    rule="---", item="- not an item", numbered="1. not an item", quote="> not a quote", underscore="_hidden", backslash="a\\", template="{{ 7 * 7 }}{% raw %}", percent="%s %(x)s {0}", blank="   ", csv="=1+1", long="x" * 400)
+
+DRAWN = ("escape", "null", "dollar", "mathematics", "newline", "surrogate", "bidi", "blank", "long") # Where a figure could break
+
+def hostile_run(folder, arm, text):
+    "A run whose arm, failures, transcripts and feedback all hold `text`."
+    path = synthetic_run(folder, arm)
+    manifest = read_json(path / "manifest.json")
+    def write(name, rows): (path / name).write_bytes("".join(json.dumps(r) + "\n" for r in rows).encode())
+    (path / "manifest.json").write_text(json.dumps(manifest | dict(config=manifest["config"] | dict(arm=text, note=text), argv=["fg-dapo", text], git_commit=text)))
+    run = load_runs(path)[0]
+    write("rollouts.jsonl", [r | dict(task_id=text, transcript=f"{text}\nCompany: {text}", feedback=text if r["feedback"] else None, failure=r["failure"] and text) for r in run.rollouts])
+    write("evals.jsonl", [r | dict(failures={text: sum(r["failures"].values())}) for r in run.evals])
+    write("eval_rollouts.jsonl", [r | dict(failure=r["failure"] and text, transcript=text, task_id=text + r["task_id"]) for r in run.eval_rollouts])
+    return path
+
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.filterwarnings("error::UserWarning:matplotlib", "ignore:constrained_layout", "ignore:Glyph")
+def test_hostile_text_stays_text_in_a_report(kind, tmp_path, monkeypatch):
+    text, calm = HOSTILE[kind], "calm"
+    pages, drawn = [], plots.to_png
+    monkeypatch.setattr(plots, "to_png", lambda fig, dpi=130: drawn(fig, 20) if pages and kind in DRAWN else b"not drawn") # Drawing is slow
+    for name, of in (("calm", calm), ("hostile", text)):
+        runs = [hostile_run(tmp_path / name, "mine", of), synthetic_run(tmp_path / name, "dapo")]
+        html = write_report(runs, tmp_path / f"out-{name}", title=f"Report on {of}").read_text(encoding="utf-8")
+        pages.append((Page(html), html, (tmp_path / f"out-{name}" / "report.md").read_text(encoding="utf-8")))
+    (page0, html0, md0), (page, html, md) = pages
+    assert not INVISIBLE.search(html) and not INVISIBLE.search(md)
+    assert page.tags == page0.tags and not page.handlers and page.ids == page0.ids and all(u.startswith("data:image/png;base64,") for u in page.loads)
+    assert skeleton(md) == skeleton(md0)
+    if kind in ("escape", "null", "surrogate"): assert text.encode("unicode_escape").decode()[:8] in html # Spelled out, not lost
+    if kind == "dollar": assert "costs \\$5" in md and "costs $5" in html
+
+def skeleton(md):
+    "What a Markdown reader makes of a page, less its words."
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(md)
+    inside = [c.type for t in tokens for c in t.children or [] if c.type not in ("text", "softbreak", "text_special")]
+    return [t.type for t in tokens], inside
+
+@quick
+@given(st.text(st.characters(codec=None), max_size=40))
+def test_escaped_text_is_one_paragraph_of_itself(text):
+    "Read back by a Markdown reader, a line is the text that was shown, and nothing else."
+    shown = md_line("x" + text) # Something to see, whatever comes
+    assert not INVISIBLE.search(shown) and "\n" not in shown
+    [start, inline, end] = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(shown)
+    assert start.type == "paragraph_open" and {c.type for c in inline.children} <= {"text", "text_special"}
+    assert "".join(c.content for c in inline.children) == plots.shown_text("x" + text.replace("\n", " ")).strip()
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_an_escaped_line_alone_is_a_paragraph(kind):
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(md_line(HOSTILE[kind]))
+    assert [t.type for t in tokens] in (["paragraph_open", "inline", "paragraph_close"], [])
+
+def test_an_arm_with_an_underscore_is_in_the_legend():
+    fig = plots.learning_curves(pd.DataFrame([dict(arm=a, seed=0, split="val", mode="cold", temperature=1.0, step=s, rollouts=8 * s, acc_heldout=.1 * s, n_heldout=50, acc=.1) for a in ("_mine", "dapo") for s in (0, 1)]))
+    assert [t.get_text().strip() for t in fig.legends[0].get_texts()] == ["DAPO", "_mine"]
 
 def test_markdown_fence_outlasts_the_text():
     assert md_block(code("t", "a ````` b")).count("`" * 6) == 2

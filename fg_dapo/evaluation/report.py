@@ -8,8 +8,8 @@ __all__ = ['CAPTIONS', 'QUESTION', 'CLAIMS', 'LEDGER', 'CSS', 'HTML', 'Run', 'lo
            'final_rates', 'compare', 'ratio_text', 'main_arms', 'caveat', 'warnings', 'arm_card', 'answer',
            'comparison', 'claims_section', 'claim_value', 'claims_table', 'cost', 'efficiency', 'within', 'levels',
            'aggregate', 'failures', 'with_feedback', 'reliability', 'example_group', 'outcome', 'example', 'flatten',
-           'settings', 'provenance', 'how_to_read', 'md_escape', 'md_block', 'to_markdown', 'to_html', 'build_report',
-           'ceiling_of', 'write_report']
+           'settings', 'provenance', 'how_to_read', 'md_escape', 'md_line', 'md_block', 'to_markdown', 'to_html',
+           'build_report', 'ceiling_of', 'write_report']
 
 # %% ../../nbs/evaluation/40_report.ipynb #85d3456b
 import base64, dataclasses, re
@@ -27,7 +27,7 @@ from . import plots
 from .failures import failure_counts, failure_table, feedback_effect
 from .metrics import (MIN_SEEDS, behavioral, censored_ratio, compute_all_metrics, median_reach, needs, pass_table, seed_interval,
     stratified_bootstrap, success_rate, verdict)
-from .plots import COMPANIES, THRESHOLDS, arm_label, final_stream, reaches, sort_arms
+from .plots import COMPANIES, THRESHOLDS, arm_label, final_stream, reaches, shown_text, sort_arms
 
 # %% ../../nbs/evaluation/40_report.ipynb #3aca93bd
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,17 @@ class Run:
     def finished(self)->bool|None: # `None` when the config does not say how many steps were planned
         return None if self.planned is None else self.last_step >= self.planned
 
+def _whole(x):
+    "The same without halves of surrogate pairs, which a model may write and no file or table takes."
+    if isinstance(x, str): return x.encode("utf-8", "backslashreplace").decode()
+    if isinstance(x, dict): return {_whole(k): _whole(v) for k, v in x.items()}
+    return [_whole(v) for v in x] if isinstance(x, list) else x
+
 def _rows(path:Path, *key)->list[dict]:
     "Rows of a log that may be missing or torn; of rows with the same step and key the last one counts."
     if not path.exists(): return []
     rows = {}
-    for i, r in enumerate(read_jsonl(path, torn_tail=True)):
+    for i, r in enumerate(map(_whole, read_jsonl(path, torn_tail=True))):
         rows[(r.get("step"), *(str(r.get(k)) for k in key)) if key else i] = r
     return list(rows.values())
 
@@ -79,7 +85,7 @@ def load_run(
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"{path} has no manifest.json, so it is not a run folder; give a folder that `fg-dapo train` wrote, "
             "or the folder above several")
-    m = read_json(path / "manifest.json")
+    m = _whole(read_json(path / "manifest.json"))
     name = re.fullmatch(r"(.+)-s(\d+)", path.resolve().name)
     arm = m.get("config", {}).get("arm") or (name[1] if name else path.resolve().name)
     seed = m["seed"] if m.get("seed") is not None else int(name[2]) if name else 0
@@ -513,22 +519,30 @@ def how_to_read(runs)->Section:
 # %% ../../nbs/evaluation/40_report.ipynb #43a6f695
 def md_escape(t:str)->str:
     "Text that stays text in a Markdown paragraph or table cell."
-    return re.sub(r"([\\|*_`\[\]])", r"\\\1", str(t).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")).replace("\n", " ")
+    t = shown_text(str(t).replace("\n", " ")).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    t = re.sub(r"([\\|*_`\[\]$~])", r"\\\1", t)
+    return re.sub(r"(?i)(?<=:)//|(?<=www)\.|(?<=\w)@(?=\w)", lambda m: "".join(f"&#{ord(c)};" for c in m[0]), t) # No link that nobody meant
+
+def md_line(t:str)->str:
+    "The same at the start of a line, where more has a meaning: no heading, list or rule comes of it."
+    t = re.sub(r"^(#+|[+-])(?=\s|$)|^(?=-{3})", r"\\\g<0>", md_escape(t))
+    return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", t)
 
 def md_block(b:Block)->str:
     "One block in Markdown."
     if b.kind == "note": return f"> **Note.** {md_escape(b.text)}"
-    if b.kind == "list": return "\n".join(f"- {md_escape(i)}" for i in b.rows)
+    if b.kind == "list": return "\n".join(f"- {md_line(i)}" for i in b.rows)
     if b.kind == "cards": return "\n".join(f"- **{md_escape(l)}**: " + "; ".join(f"{md_escape(v)} {md_escape(w)}" for v, w in vs) for l, vs in b.rows)
     if b.kind == "figure": return f"![{md_escape(b.alt)}](figures/{b.name}.png)\n\n*{md_escape(b.text)}*"
     if b.kind == "code":
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", b.text)), default=0))
-        return f"**{md_escape(b.name)}**\n\n{fence}text\n{b.text}\n{fence}"
+        body = shown_text(b.text, keep="\n\t")
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
+        return f"**{md_escape(b.name)}**\n\n{fence}text\n{body}\n{fence}"
     if b.kind == "table":
         lines = ["| " + " | ".join(map(md_escape, r)) + " |" for r in (b.head, *b.rows)]
         lines.insert(1, "|" + " --- |" * len(b.head))
         return "\n".join(lines) + (f"\n\n*{md_escape(b.text)}*" if b.text else "")
-    return md_escape(b.text)
+    return md_line(b.text)
 
 def to_markdown(title:str, sections:list[Section])->str:
     "The report in Markdown; its figures lie in `figures/`."
@@ -602,7 +616,8 @@ def _numeric(b:Block)->list[bool]:
 
 def to_html(title:str, sections:list[Section], colors:dict[str, str])->str: # Colors: arm label to colour
     "The report as one HTML page that loads nothing."
-    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    def as_shown(x): return shown_text(x, keep="\n\t") if isinstance(x, str) and not isinstance(x, Markup) else x
+    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=as_shown)
     env.filters |= dict(b64=lambda b: base64.b64encode(b).decode(), numeric=_numeric)
     return env.from_string(HTML).render(title=title, sections=sections, css=Markup(CSS), colors=colors)
 
@@ -638,7 +653,7 @@ def write_report(
     runs, out = load_runs(run_dirs), Path(out_dir)
     sections = build_report(runs, ceiling or ceiling_of(runs), claims)
     for b in (b for s in sections for b in s.blocks if b.kind == "figure"): atomic_write(out / "figures" / f"{b.name}.png", b.png)
-    write_json(out / "metrics.json", {f"{r.arm}-s{r.seed}": compute_all_metrics(dict(evals=r.evals, rollouts=r.eval_rollouts)) for r in runs})
+    write_json(out / "metrics.json", {f"{shown_text(r.arm)}-s{r.seed}": compute_all_metrics(dict(evals=r.evals, rollouts=r.eval_rollouts)) for r in runs})
     atomic_write(out / "report.md", to_markdown(title, sections))
     colors = {arm_label(a): c for a, (c, _) in plots.arm_styles(r.arm for r in runs).items()}
     return atomic_write(out / "report.html", to_html(title, sections, colors))
