@@ -9,6 +9,7 @@ __all__ = ['OWN_METHODS', 'SPLITS', 'DEFAULT_LIMITS', 'ENDINGS', 'not_a_tool', '
 
 # %% ../../nbs/env/40_face.ipynb #5a281821
 import asyncio, copy, inspect, json, math, re, signal, threading
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -284,7 +285,7 @@ class ClassEnvironment:
         self.limits = {k: limits.get(k, getattr(cls, k, v)) for k, v in DEFAULT_LIMITS.items()}
         self.schemas = [tool_schema(getattr(cls, method)) for method in tool_methods(cls)]
         if not self.schemas: raise ValueError(f"{cls.__name__} has no tools; a tool is a public method with type hints and a docstring")
-        self._source, self._tasks, self._rows = rows, {}, {}
+        self._source, self._tasks, self._rows, self._made = rows, {}, {}, deque()
         self.floor, self.knowing = getattr(cls, "floor", 0.1), tuple(getattr(cls, "knowing", ("oracle",)))
         for offer in ("policies", "demonstrate", "reenact"):
             if hasattr(cls, offer): setattr(self, offer, getattr(self, f"_{offer}"))
@@ -415,7 +416,7 @@ def _demonstrate(self:ClassEnvironment, rng)->tuple[Task, list[tuple[Turn, list[
         turn = as_turn(step)
         played.append((turn, episode.act(turn)))
         if episode.done: break
-    del self._rows[task.id]
+    self._keep(task)
     return task, played
 
 @patch
@@ -424,7 +425,15 @@ def _reenact(self:ClassEnvironment, task:Task, turns:Sequence[Turn], rng)->tuple
     made = self.cls.reenact(self.row_of(task), short_steps(turns), rng)
     if made is None: return None
     row, steps = made
-    return self._task({"id": f"{task.id}~{rng.getrandbits(32):08x}"} | row, task.slices.get("split", "train")), [as_turn(step) for step in steps]
+    again = self._task({"id": f"{task.id}~{rng.getrandbits(32):08x}"} | row, task.slices.get("split", "train"))
+    self._keep(again)
+    return again, [as_turn(step) for step in steps]
+
+@patch
+def _keep(self:ClassEnvironment, task:Task)->None:
+    "Remember the row of a made-up task, and forget the oldest."
+    self._made.append(task.id)
+    if len(self._made) > MADE_ROWS: self._rows.pop(self._made.popleft(), None)
 
 # %% ../../nbs/env/40_face.ipynb #55a4e79f
 def google_docstring(

@@ -28,7 +28,7 @@ def only_letters(text:str)->str:
 def _decoded(text):
     "What base64 words of a text say."
     out = []
-    for word in re.findall(r"[A-Za-z0-9+/_-]{4,}={0,2}", text)[:200]:
+    for word in re.findall(r"[A-Za-z0-9+/_-]{3,}={0,2}", text)[:200]:
         body = word.replace("-", "+").replace("_", "/").rstrip("=")
         try: out.append(base64.b64decode(body + "=" * (-len(body) % 4)).decode())
         except (binascii.Error, UnicodeDecodeError, ValueError): pass
