@@ -319,10 +319,11 @@ def _failures(environment, played, tasks, wanted, seed):
     failed = [p for p in played if not p.outcome.success]
     start, more = time.perf_counter(), seed
     while len(failed) < wanted and time.perf_counter() - start < 30:
-        more += 1
+        more, before = more + 1, len(failed)
         for task in tasks:
             again = follow_policy(environment, random_calls, task, more)
             if not again.outcome.success: failed.append(again)
+        if len(failed) == before: break
     rng_for(seed, "failures").shuffle(failed)
     return failed[:wanted]
 
