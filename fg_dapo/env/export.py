@@ -125,7 +125,7 @@ class EnvTask(vf.Task[EnvData, EnvState]):
         return [EnvTools(vf.ToolsetConfig())]
 
     @vf.reward
-    async def score(self, trace) -> float:
+    async def partial_credit(self, trace) -> float:
         return self.outcome(trace).score
 
     @vf.metric

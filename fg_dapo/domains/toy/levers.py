@@ -42,7 +42,7 @@ class LeverBox:
             self.wrong = lever
             return {"error": "The box is jammed."}
         self.right += 1
-        return "It is open." if self.right == len(self.order) else "Click."
+        return "It is open." if self.right == len(self.order) else f"Click {self.right}."
 
     @property
     def done(self)->bool: return self.wrong is not None or self.right == len(self.order)
