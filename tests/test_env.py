@@ -432,3 +432,81 @@ def test_any_class_is_made_ready_for_trl():
     assert trl.tools == ["enter", "knock", "wait"]
     messages, reward = trl.rollout(dict(prompt=[dict(role="user", content="Open.")], code="77"), [("knock", dict(times=2)), ("enter", dict(code="77"))])
     assert reward == 1.0 and messages[0]["content"] == "Open. It is grey." and messages[1]["content"] == "knockknock" and trl.instance.feedback("hint") == "Try again."
+
+# The verifiers package
+
+STUB = '''
+"""What the exported package uses of verifiers 0.4: names, hooks, and the base class's own `score`."""
+import inspect
+from typing import Any, Generic, TypeVar
+from pydantic import BaseModel, ConfigDict
+
+class State(BaseModel): pass
+class TaskData(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    id: str | None = None
+    prompt: Any = None
+class ToolsetConfig(BaseModel): pass
+class TaskConfig(BaseModel): pass
+class TasksetConfig(BaseModel):
+    task: TaskConfig = TaskConfig()
+A, B, C = TypeVar("A"), TypeVar("B"), TypeVar("C")
+
+def reward(fn): fn.reward = True; return fn
+def metric(fn): fn.metric = True; return fn
+
+class Task(Generic[A, B]):
+    def __init__(self, data, config=None): self.data, self.config = data, config
+    @classmethod
+    def toolsets(cls, config): return []
+    async def score(self, trace, runtime=None):
+        for kind, place in (("reward", trace.rewards), ("metric", trace.metrics)):
+            for name in dir(type(self)):
+                if hasattr(getattr(type(self), name), kind): place[name] = await getattr(self, name)(trace)
+
+class Taskset(Generic[A, B]):
+    def __init__(self, config): self.config = config
+    def __iter__(self): return iter(self.load())
+
+class Toolset(Generic[A, B]):
+    def __init__(self, config): self.config, self.state = config, self.__orig_bases__[0].__args__[1]()
+    def _with_state(self, fn):
+        def wrapper(*args, **kwargs): return fn(*args, **kwargs)
+        wrapper.__signature__, wrapper.__name__, wrapper.__doc__ = inspect.signature(fn), fn.__name__, fn.__doc__
+        return wrapper
+'''
+
+def test_the_exported_package_plays_and_scores(tmp_path, monkeypatch):
+    from fg_dapo.env.export import export_env
+    (tmp_path / "verifiers").mkdir()
+    (tmp_path / "verifiers" / "__init__.py").write_text("")
+    (tmp_path / "verifiers" / "v1.py").write_text(STUB)
+    out = export_env("toy", tmp_path / "package", seed=4)
+    for path in (tmp_path, out): monkeypatch.syspath_prepend(str(path))
+    for name in ("verifiers", "verifiers.v1", "fg_dapo_toy", "fg_dapo_toy.taskset"): monkeypatch.delitem(sys.modules, name, raising=False)
+    import importlib
+    from types import SimpleNamespace
+    package = importlib.import_module("fg_dapo_toy")
+    module, ours = importlib.import_module("fg_dapo_toy.taskset"), environment("toy", seed=4)
+    tasks = list(package.EnvTaskset(module.EnvConfig(split="test")))
+    assert [t.data.prompt for t in tasks] == [t.prompt for t in ours.tasks("test")]
+    for task, mine in list(zip(tasks, ours.tasks("test")))[:6]:
+        order = ours.row_of(mine)["order"]
+        for levers in (order, order[:1], []):
+            toolset, tools = module.EnvTask.toolsets(task.config)[0], {}
+            asyncio.run(toolset.setup_task(task.data))
+            toolset.register(SimpleNamespace(add_tool=lambda fn, name, description: tools.update({name: fn})))
+            assert sorted(tools) == ["look", "pull"] and list(inspect.signature(tools["pull"]).parameters) == ["lever"]
+            for lever in levers: tools["pull"](lever=lever)
+            trace = SimpleNamespace(state=toolset.state, rewards={}, metrics={})
+            asyncio.run(task.score(trace))
+            expected = 1.0 if len(levers) == 3 else 0.5 * len(levers) / 3
+            assert trace.rewards == dict(partial_credit=expected) and trace.metrics == dict(success=float(len(levers) == 3))
+    for name in ("verifiers", "verifiers.v1", "fg_dapo_toy", "fg_dapo_toy.taskset"): sys.modules.pop(name, None)
+
+def test_a_new_environment_passes_its_check(tmp_path):
+    from fg_dapo.env.export import new_env
+    module, rows = new_env("MyDoors", tmp_path)
+    assert check(environment(f"{module}:MyDoors", rows=str(rows)), "train", feedbacks=50).ok
+    with pytest.raises(ValueError, match="is there already"): new_env("MyDoors", tmp_path)
+    with pytest.raises(ValueError, match="no name for a class"): new_env("My Doors", tmp_path)

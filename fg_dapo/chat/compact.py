@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BARE', 'BARE_STRING', 'MAX_HEARD', 'WORD_PIECES', 'write_value', 'read_value', 'clean_text', 'WrittenEpisode',
-           'CompactTools', 'write_pairs', 'read_pairs', 'written_turns', 'compact_tokenizer', 'episode_ids']
+           'CompactTools', 'write_pairs', 'read_pairs', 'compact_tokenizer', 'episode_ids']
 
 # %% ../../nbs/chat/20_compact.ipynb #9b4b0139
 import json, re
@@ -123,11 +123,11 @@ def read_pairs(
     while text:
         if text.startswith('"'):
             key, end = _JSON.raw_decode(text)
-            text = text[end:]
+            text, named = text[end:], True
         else:
             key = re.match(r"[\w-]*", text)[0]
-            text = text[len(key):]
-        if not text.startswith("=") or not key and key != "": raise ValueError(f"write name=value, not {(key + text)[:40]!r}")
+            text, named = text[len(key):], bool(key)
+        if not text.startswith("=") or not named: raise ValueError(f"write name=value, not {(key + text)[:40]!r}")
         if key in out: raise ValueError(f"{key} is given twice")
         out[key], text = read_value(text[1:], key in strings)
         if text and not text.startswith(";"): raise ValueError(f"after the value of {key} comes {text[:20]!r}; separate by ;")
@@ -155,8 +155,11 @@ def write(self:CompactTools, turn:Turn)->str: # Without the stop token
 @patch
 def parse(self:CompactTools, text:str)->Turn:
     "What the policy wrote, as a turn."
+    text = text.removesuffix(self.stop)
+    if forged := next((token for token in self.special if token in text), None):
+        return Turn("", (ToolCall("", error=f"a turn cannot hold {forged[2:-2]} marks; write words and calls only"),))
     words, calls = [], []
-    for line in text.removesuffix(self.stop).split("\n"):
+    for line in text.split("\n"):
         line = line.strip(" ")
         if line.startswith(">"): words.append(self._words(line[1:].strip(" ")))
         elif line: calls.append(self._call(line))
@@ -175,15 +178,6 @@ def _call(self:CompactTools, line:str)->ToolCall:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name): return ToolCall("", error=f"a line begins with > or the name of a tool, not {line[:40]!r}")
     try: return ToolCall(name, read_pairs(rest, [key for tool, key in self.strings if tool == name]))
     except (ValueError, RecursionError) as error: return ToolCall(name, error=f"{name}: {error}"[:200])
-
-# %% ../../nbs/chat/20_compact.ipynb #aba46030
-def written_turns(
-    text:str, # A transcript, prompt included
-    chat:CompactTools,
-)->list[str]: # Without the stop token
-    "What the policy wrote in a transcript, turn by turn."
-    parts = text.split(chat.begin)[1:]
-    return [part.split(chat.stop)[0] for part in parts if chat.stop in part]
 
 # %% ../../nbs/chat/20_compact.ipynb #cdec5183
 WORD_PIECES = r" ?[A-Za-z]+|\d{1,2}|\n| ?[^\sA-Za-z0-9]|\s"

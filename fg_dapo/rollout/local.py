@@ -7,7 +7,7 @@ __all__ = ['play_task', 'TaskJob', 'TaskRollout', 'TaskDialogue', 'TaskSampler',
            'play_groups', 'spoiled_turns', 'replay_turns', 'warm_demonstration']
 
 # %% ../../nbs/rollout/10_local.ipynb #bdf79896
-import time
+import random, time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
