@@ -4,10 +4,10 @@ A task is attempted by a group of rollouts. They run in waves: the first is cold
 the failures before them got wrong. The policy is trained by DAPO on the prompts that were really read, and by replay on
 successes under the PLAIN prompt. What counts is the success of the plain prompt: that feedback is not needed any more.
 
-    python experiments/one_page.py            # the toy, about two minutes on a CPU
+    python experiments/one_page.py            # the toy, about a minute on a CPU
     python experiments/one_page.py my_module:MyEnv rows.jsonl
 """
-import random, sys, time
+import random, sys
 from collections import deque
 from dataclasses import dataclass
 
@@ -37,7 +37,6 @@ class Settings:
     eval_every: int = 5
 
 # 1. Sampling. A rollout is one dialogue: token ids, which of them the policy wrote, and their log-probabilities.
-
 @dataclass
 class Rollout:
     task: object
@@ -47,7 +46,6 @@ class Rollout:
     mask: list               # 1 on the policy's tokens
     logp: list               # when they were sampled, 0 elsewhere
     turns: list              # what the policy wrote and what came back, as text
-
     @property
     def success(self): return self.episode.outcome().success
 
@@ -59,7 +57,7 @@ def pad(rows, fill=0):
 def sample_turns(model, rollouts, stop, limit):
     "Every rollout writes one turn: tokens up to the stop token."
     live = list(rollouts)
-    written = {id(r): 0 for r in rollouts}
+    ends = {id(r): len(r.ids) + limit for r in rollouts}
     while live:
         last = torch.tensor([len(r.ids) - 1 for r in live])
         logits = model(pad([r.ids for r in live])).logits[torch.arange(len(live)), last].float()
@@ -69,15 +67,15 @@ def sample_turns(model, rollouts, stop, limit):
             rollout.ids.append(token)
             rollout.mask.append(1)
             rollout.logp.append(logp)
-            written[id(rollout)] += 1
-        live = [r for r in live if r.ids[-1] != stop and written[id(r)] < limit]
+        live = [r for r in live if r.ids[-1] != stop and len(r.ids) < ends[id(r)]]
 
 def play(model, tok, chat, environment, asked, s):
     "Play `asked`, pairs of a task and feedback, all at once, to the end."
     rollouts = []
     for task, feedback in asked:
         ids = tok(chat.prompt(task.prompt, feedback), add_special_tokens=False)["input_ids"]
-        rollouts.append(Rollout(task, environment.open(task, s.seed), feedback, ids, [0] * len(ids), [0.0] * len(ids), []))
+        episode, mask, logp = environment.open(task, s.seed), [0] * len(ids), [0.0] * len(ids)
+        rollouts.append(Rollout(task, episode, feedback, ids, mask, logp, []))
     live = rollouts
     while live:
         starts = [len(r.ids) for r in live]
@@ -96,7 +94,6 @@ def play(model, tok, chat, environment, asked, s):
     return rollouts
 
 # 2. Groups in waves. A failure's feedback is read by the later waves of its own group.
-
 def sample_groups(model, tok, chat, environment, tasks, s):
     groups, told = [[] for _ in tasks], [{} for _ in tasks]
     for size in s.waves:
@@ -113,7 +110,6 @@ def sample_groups(model, tok, chat, environment, tasks, s):
     return groups
 
 # 3. The objective: DAPO on rows as they were sampled, and replay under the plain prompt.
-
 def advantages(rewards):
     "Of one group: reward less the mean, in standard deviations; `None` when all are equal, and the group is dropped."
     if len(set(rewards)) == 1: return None
@@ -141,7 +137,6 @@ def step(model, optimizer, loss):
     optimizer.step()
 
 # 4. Training.
-
 def train_step(model, tok, chat, environment, optimizer, buffer, tasks, rng, s):
     groups, rows, advs = sample_groups(model, tok, chat, environment, tasks, s), [], []
     for group in groups:
@@ -150,7 +145,8 @@ def train_step(model, tok, chat, environment, optimizer, buffer, tasks, rng, s):
         for rollout in group:
             if rollout.success: buffer.append((rollout.task, tuple(rollout.turns)))
     if rows:
-        ids, mask, old = pad([r.ids for r in rows]), pad([r.mask for r in rows])[:, 1:], pad([r.logp for r in rows], 0.0)[:, 1:]
+        ids, mask = pad([r.ids for r in rows]), pad([r.mask for r in rows])[:, 1:]
+        old = pad([r.logp for r in rows], 0.0)[:, 1:]
         step(model, optimizer, dapo_loss(token_logp(model, ids), old, torch.cat(advs), mask, s))
     for _ in range(s.replay_updates if s.guided and buffer else 0):
         batch = rng.sample(list(buffer), min(s.replay_rows, len(buffer)))
@@ -189,7 +185,8 @@ def train(environment, s, start=None, say=print):
     rng, train_tasks, curve, last = random.Random(s.seed), environment.tasks("train"), [], 0.0
     for i in range(s.steps + 1):
         if i % s.eval_every == 0:
-            curve.append(dict(step=i, rollouts=i * s.tasks * sum(s.waves), cold=cold_success(model, tok, chat, environment, s), last_wave=last))
+            cold = cold_success(model, tok, chat, environment, s)
+            curve.append(dict(step=i, rollouts=i * s.tasks * sum(s.waves), cold=cold, last_wave=last))
             say(" ".join(f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in curve[-1].items()))
         if i == s.steps: break
         tasks = rng.sample(list(train_tasks), min(s.tasks, len(train_tasks)))
@@ -198,6 +195,5 @@ def train(environment, s, start=None, say=print):
     return model, curve
 
 if __name__ == "__main__":
-    start, name = time.perf_counter(), sys.argv[1] if len(sys.argv) > 1 else "toy"
-    train(find_environment(name, **({"rows": sys.argv[2]} if len(sys.argv) > 2 else {})), Settings())
-    print(f"{time.perf_counter() - start:.0f} seconds")
+    name, rows = (*sys.argv[1:], None, None)[:2]
+    train(find_environment(name or "toy", **({"rows": rows} if rows else {})), Settings())

@@ -53,8 +53,8 @@ def test_whatever_a_policy_writes_is_a_turn_and_can_be_played(text):
     heard = chat.replies(episode.act(turn))
     assert heard.count("<|") == heard.count("<|tool|>") + 1
 
-@pytest.mark.parametrize("text, said", [("pull lever", "write name=value"), ("pull =left", "write name=value"), ("pull a=1; a=2", "given twice"), ("pull lever=", "missing"), ("pull lever=[1", ""), ('pull lever="a" b', "separate by ;"),
-    ("!?", "begins with"), ("look<|act|>pull", "cannot hold act"), ('pull lever="\\ud800"', ""), ("pull lever=" + "[" * 5000, ""), ("pull x=[NaN]", "NaN is no JSON")])
+@pytest.mark.parametrize("text, said", [("pull lever", "write name=value"), ("pull =left", "write name=value"), ("pull a=1; a=2", "given twice"), ("pull lever=", "missing"), ("pull x=[1", ""), ("pull lever==[1", ""), ('pull lever="a" b', "separate by ;"),
+    ("!?", "begins with"), ("look<|act|>pull", "cannot hold act"), ('pull lever="\\ud800"', ""), ("pull x=" + "[" * 5000, ""), ("pull lever==" + "[" * 100_000, ""), ("pull x=[NaN]", "NaN is no JSON")])
 def test_what_cannot_be_read_says_why(text, said):
     call = chat.parse(text).calls[0]
     assert call.error and said in call.error and len(call.error) <= 200
@@ -140,9 +140,9 @@ def test_its_losses_are_those_of_the_package(seed):
     adv = one_page.advantages(rewards)
     assert torch.allclose(adv, group_advantages(torch.tensor(rewards), torch.zeros(8, dtype=torch.long)), atol=1e-6)
     ours, (theirs, _) = one_page.dapo_loss(logp, old, adv, mask, s), dapo_loss(logp, old, adv, mask, s.clip_low, s.clip_high)
-    assert abs(float(ours - theirs)) < 1e-6
+    assert abs((ours - theirs).item()) < 1e-6
     assert torch.allclose(*(torch.autograd.grad(x, logp, retain_graph=True)[0] for x in (ours, theirs)), atol=1e-7)
-    assert abs(float(one_page.replay_loss(logp, mask) - replay_loss(logp, mask))) < 1e-6
+    assert abs((one_page.replay_loss(logp, mask) - replay_loss(logp, mask)).item()) < 1e-6
 
 @pytest.mark.parametrize("rewards", [[0.0] * 4, [1.0] * 4, [0.25] * 8])
 def test_a_group_without_variance_is_dropped_by_both(rewards):

@@ -26,7 +26,8 @@ def write_value(
     if isinstance(value, str):
         bare = (BARE_STRING if is_string else BARE).fullmatch(value)
         if bare and value == value.strip() and (is_string or value not in ("true", "false", "null")): return value
-    try: return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+    mark = "=" if is_string and not isinstance(value, str) else ""
+    try: return mark + json.dumps(value, allow_nan=False).replace("<", "\\u003c")
     except (TypeError, ValueError) as error: raise ValueError(f"{value!r} has no JSON form: {error}") from None
 
 def read_value(
@@ -35,8 +36,9 @@ def read_value(
 )->tuple[object, str]: # The value, and what is left; `ValueError` says what is wrong
     "Read a value and stop at its end."
     text = text.lstrip(" ")
-    quoted = text[:1] in ('"', "[", "{") if not is_string else text[:1] == '"'
-    if quoted:
+    marked = is_string and text[:1] == "="
+    if marked: text = text[1:]
+    if marked or text[:1] == '"' or (not is_string and text[:1] in ("[", "{")):
         value, end = _JSON.raw_decode(text)
         json.dumps(value, ensure_ascii=False).encode() # Half a surrogate pair can be escaped, but not written
         return value, text[end:].lstrip(" ")
@@ -111,7 +113,7 @@ def write_pairs(
     strings, out = set(strings), []
     for key, value in pairs.items():
         name = key if re.fullmatch(r"[\w-]+", key) else write_value(str(key)) if BARE.fullmatch(str(key)) is None else json.dumps(key)
-        out.append(f"{name}={write_value(value, key in strings and isinstance(value, str))}")
+        out.append(f"{name}={write_value(value, key in strings)}")
     return "; ".join(out)
 
 def read_pairs(
