@@ -1,4 +1,4 @@
-"""Feedback-guided DAPO on one page, over the seam and with a policy of 200,000 parameters. Read it from top to bottom.
+"""Feedback-guided DAPO on one page, over the seam and with a policy of 150,000 parameters. Read it from top to bottom.
 
 A task is attempted by a group of rollouts. They run in waves: the first is cold, later ones read in their prompt what
 the failures before them got wrong. The policy is trained by DAPO on the prompts that were really read, and by replay on

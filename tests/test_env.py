@@ -6,11 +6,11 @@ from typing import Any, Literal, Optional
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fg_dapo.env.checks import CheckReport, check, check_command, follow_policy, hostile, no_op, random_calls, trace
+from fg_dapo.env.checks import CheckReport, check, check_command, follow_policy, hostile, random_calls, trace
 from fg_dapo.env.face import ClassEnvironment, ToolTimeout, as_turn, for_trl, json_value, not_a_tool, rows_by_split, tool_methods, within_seconds
 from fg_dapo.env.leaks import leaked_secret, without_secrets
 from fg_dapo.env.registry import built_in, environment, is_environment
-from fg_dapo.env.schema import call_problem, hint_schema, sample_value, schema_problem, tool_schema
+from fg_dapo.env.schema import call_problem, hint_schema, sample_value, schema_problem, method_schema
 from fg_dapo.env.seam import DETAILS, Environment, Episode, Reference, Demonstrates, Reenacts, Copies, Outcome, Reply, Task, ToolCall, Turn
 
 class Safe:
@@ -82,7 +82,7 @@ def test_the_schema_is_what_transformers_makes_of_it(hint):
     def method(self, x): pass
     method.__annotations__ = dict(x=hint)
     method.__doc__ = "Do it.\n\nArgs:\n    x: What."
-    theirs, ours = get_json_schema(method)["function"]["parameters"]["properties"]["x"], tool_schema(method)["function"]["parameters"]["properties"]["x"]
+    theirs, ours = get_json_schema(method)["function"]["parameters"]["properties"]["x"], method_schema(method)["function"]["parameters"]["properties"]["x"]
     if isinstance(theirs.get("type"), list): theirs["type"], ours["type"] = sorted(theirs["type"]), sorted(ours["type"])
     assert ours == theirs
 
@@ -99,7 +99,7 @@ def test_what_a_tool_lacks_is_named():
                 x: A set.
             """
     for name, part in [("no_doc", "no docstring"), ("no_hint", "no type hint"), ("no_text", "is not described"), ("stars", "named parameters only"), ("odd", "no JSON form")]:
-        with pytest.raises(ValueError, match=part): tool_schema(getattr(Bad, name))
+        with pytest.raises(ValueError, match=part): method_schema(getattr(Bad, name))
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=8)
 schemas = st.recursive(st.sampled_from([{"type": t} for t in ("string", "integer", "number", "boolean", "null")] + [{"enum": ["a", 1, True]}, {}]),
@@ -118,7 +118,7 @@ def test_the_verdict_on_a_value_is_that_of_jsonschema_and_made_up_values_fit(sch
     assert schema_problem(sample_value(schema, random.Random(seed)), schema) is None
 
 def test_a_call_is_held_against_what_is_on_offer():
-    tools = [tool_schema(Safe.enter)]
+    tools = [method_schema(Safe.enter)]
     good = [ToolCall("enter", dict(code="1")), ToolCall("enter", dict(code="1", force=2.0))]
     bad = [ToolCall("entr", dict(code="1")), ToolCall("enter", {}), ToolCall("enter", dict(code=1)), ToolCall("enter", dict(code="1", x=1)), ToolCall("enter", None), ToolCall("enter", dict(code="1", force=True)),
         ToolCall("enter", dict(code="1", force=math.nan)), ToolCall("reset", {}), ToolCall("__init__", {}), ToolCall("", {}, error="not JSON")]
@@ -196,6 +196,11 @@ def test_odd_returns_are_made_json_and_huge_ones_cut(safe):
 def test_async_tools_work_inside_a_running_loop(safe):
     async def inside(): return play(safe, ("wait", {}))[1]
     assert asyncio.run(inside())[0].content == "waited"
+
+def test_a_reward_may_be_async_as_in_trl():
+    class Later(Safe):
+        async def get_reward(self): return float(self.is_open)
+    assert play(ClassEnvironment(Later, ROWS), ("enter", dict(code="4321")))[0].outcome().success
 
 def test_arguments_are_the_tools_own(safe):
     class Keeps(Safe):
@@ -342,7 +347,7 @@ class Wrapped:
 def test_the_check_finds_a_crash_bad_outcomes_and_bad_tasks(safe):
     class Crashes:
         done = False
-        def tools(self): return [tool_schema(Safe.enter)]
+        def tools(self): return [method_schema(Safe.enter)]
         def act(self, turn): raise KeyError("boom")
         def stop(self): pass
         def outcome(self): pass
