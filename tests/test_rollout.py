@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fg_dapo.chat.compact import CompactTools, WrittenEpisode, clean_text, compact_tokenizer, episode_ids, read_pairs, read_value, write_pairs, write_value
+from fg_dapo.chat.compact import CompactTools, WrittenEpisode, clean_text, compact_format, compact_tokenizer, episode_ids, read_pairs, read_value, write_pairs, write_value
 from fg_dapo.domains.toy.levers import make
 from fg_dapo.env.seam import Reply, ToolCall, Turn
 from fg_dapo.method.groups import Ledger
 from fg_dapo.method.objective import dapo_loss, group_advantages, keep_groups, replay_loss, token_logp
 from fg_dapo.policy import new_policy
-from fg_dapo.rollout.local import TaskJob, TaskSampler, WavePlan, play_groups, play_task, spoiled_turns, warm_demonstration
+from fg_dapo.rollout.local import TaskJob, TaskSampler, WavePlan, demonstration_tokenizer, play_groups, play_task, spoiled_turns, warm_demonstration
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -125,6 +125,21 @@ def test_demonstrations_come_with_real_feedback():
     assert sum(s != turns for s in spoiled) > 60 and len({str(s) for s in spoiled}) > 20
     class Mute: name = "mute"
     with pytest.raises(ValueError, match="mute has no demonstrate"): warm_demonstration(Mute(), chat, random.Random(0))
+
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+def test_demonstrations_are_cold_where_their_tasks_cannot_be_opened(error):
+    class Closed:
+        name = "closed"
+        def demonstrate(self, rng): return toy.demonstrate(rng)
+        def open(self, task, seed): raise error("no such task")
+    shown = [warm_demonstration(Closed(), chat, random.Random(i), share=1.0) for i in range(20)]
+    assert not any("<|feedback|>" in w.prompt for w in shown) and len({w.prompt for w in shown}) > 5
+
+def test_the_format_and_the_tokenizer_of_an_environment():
+    assert compact_format(toy).order == dict(look=[], pull=["lever"])
+    tok, again = (demonstration_tokenizer(toy, chat, seed=3, n=50, vocab_size=400) for _ in range(2))
+    assert tok.get_vocab() == again.get_vocab() and tok.eos_token == chat.stop
+    assert all(len(tok(token, add_special_tokens=False)["input_ids"]) == 1 for token in chat.special)
 
 # One page
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BARE', 'BARE_STRING', 'MAX_HEARD', 'WORD_PIECES', 'write_value', 'read_value', 'clean_text', 'WrittenEpisode',
-           'CompactTools', 'write_pairs', 'read_pairs', 'compact_tokenizer', 'episode_ids']
+           'CompactTools', 'write_pairs', 'read_pairs', 'compact_format', 'compact_tokenizer', 'episode_ids']
 
 # %% ../../nbs/chat/20_compact.ipynb #9b4b0139
 import json, re
@@ -180,6 +180,18 @@ def _call(self:CompactTools, line:str)->ToolCall:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name): return ToolCall("", error=f"a line begins with > or the name of a tool, not {line[:40]!r}")
     try: return ToolCall(name, read_pairs(rest, [key for tool, key in self.strings if tool == name]))
     except (ValueError, RecursionError) as error: return ToolCall(name, error=f"{name}: {error}"[:200])
+
+# %% ../../nbs/chat/20_compact.ipynb #14a19f26
+def compact_format(
+    environment, # An `Environment`
+    split:str="train",
+    n:int=200, # Tasks that are opened to see their tools
+)->CompactTools:
+    "The compact format for the tools of an environment."
+    tools = {}
+    for task in list(environment.tasks(split))[:n]:
+        for tool in environment.open(task, 0).tools(): tools[tool["function"]["name"]] = tool
+    return CompactTools(list(tools.values()))
 
 # %% ../../nbs/chat/20_compact.ipynb #cdec5183
 WORD_PIECES = r" ?[A-Za-z]+|\d{1,2}|\n| ?[^\sA-Za-z0-9]|\s"

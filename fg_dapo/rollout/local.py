@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['play_task', 'TaskJob', 'TaskRollout', 'TaskDialogue', 'TaskSampler', 'attempt_lines', 'WavePlan', 'PlayedGroup',
-           'play_groups', 'spoiled_turns', 'replay_turns', 'warm_demonstration']
+           'play_groups', 'spoiled_turns', 'replay_turns', 'warm_demonstration', 'demonstration_tokenizer']
 
 # %% ../../nbs/rollout/10_local.ipynb #bdf79896
 import random, time
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
-from ..chat.compact import CompactTools, WrittenEpisode
+from ..chat.compact import CompactTools, WrittenEpisode, compact_tokenizer
 from ..core import rng_for, seed_for
 from ..engines.sampler import PromptTooLong, Sampler, stop_id, text_ids
 from ..env.schema import sample_value
@@ -233,6 +233,17 @@ def replay_turns(environment:Environment, task:Task, turns:Sequence[Turn], seed:
     if not episode.done: episode.stop()
     return episode
 
+def _failed_attempts(environment, task, turns, rng, detail):
+    "Critiques of spoiled versions of a demonstration; none where its task cannot be opened."
+    try: tools = environment.open(task, 0).tools()
+    except (ValueError, KeyError): return []
+    critiques = []
+    for attempt in range(1, rng.choice((2, 2, 3, 5))):
+        episode = replay_turns(environment, task, spoiled_turns(turns, tools, rng))
+        text = environment.feedback(episode, detail)
+        if text: critiques.append(Critique(attempt, text, episode.outcome().score))
+    return critiques
+
 def warm_demonstration(
     environment:Environment, # One that `Demonstrates`; another raises `ValueError`
     chat:CompactTools,
@@ -244,14 +255,20 @@ def warm_demonstration(
     "A demonstration as text, most of them after feedback on failed attempts."
     if not isinstance(environment, Demonstrates): raise ValueError(f"{environment.name} has no demonstrate(rng); a warm start needs one")
     task, shown = environment.demonstrate(rng)
-    turns, critiques = [turn for turn, _ in shown], []
-    if rng.random() < share:
-        detail = rng.choice(details)
-        tools = environment.open(task, 0).tools()
-        for attempt in range(1, rng.choice((2, 2, 3, 5))):
-            episode = replay_turns(environment, task, spoiled_turns(turns, tools, rng))
-            text = environment.feedback(episode, detail)
-            if text: critiques.append(Critique(attempt, text, episode.outcome().score))
+    critiques = []
+    if rng.random() < share: critiques = _failed_attempts(environment, task, [turn for turn, _ in shown], rng, rng.choice(details))
     kept = accumulate(critiques, rng.choice(("all", "last", "summary", "summary")), max_feedback_tokens)
     written = tuple((chat.write(turn) + chat.stop, chat.replies(replies)) for turn, replies in shown)
     return WrittenEpisode(chat.prompt(task.prompt, attempt_lines(kept)), (*written[:-1], (written[-1][0], "")))
+
+# %% ../../nbs/rollout/10_local.ipynb #82ac82d8
+def demonstration_tokenizer(
+    environment:Environment,
+    chat:CompactTools,
+    seed:int=0,
+    n:int=1000, # Demonstrations
+    vocab_size:int=1024, # At most
+): # A fast tokenizer of transformers
+    "A tokenizer trained on an environment's demonstrations."
+    texts = (str(warm_demonstration(environment, chat, rng_for(seed, "tokenizer", i))) for i in range(n))
+    return compact_tokenizer(texts, vocab_size)
