@@ -31,8 +31,8 @@ class Settings:
     lr: float = 1e-3
     buffer: int = 256        # successes that are kept for replay
     replay_rows: int = 32    # successes in a replay batch
-    replay_updates: int = 2  # replay batches of a step
-    warm_steps: int = 700    # of the warm start, which shows how to write calls and to read feedback
+    replay_updates: int = 4  # replay batches of a step
+    warm_steps: int = 400    # of the warm start, which shows how to write calls and to read feedback
     max_new: int = 16        # tokens of a turn
     eval_every: int = 5
 

@@ -178,3 +178,8 @@ def test_it_trains_and_the_curve_counts_rollouts():
     s = one_page.Settings(warm_steps=3, steps=2, tasks=2, eval_every=1, max_new=8)
     _, curve = one_page.train(toy, s, say=lambda line: None)
     assert [row["rollouts"] for row in curve] == [0, 16, 32] and all(0 <= row["cold"] <= 1 for row in curve)
+
+def test_cold_success_rises_on_the_toy():
+    torch.set_num_threads(1)
+    _, curve = one_page.train(toy, one_page.Settings(warm_steps=350, steps=10, eval_every=10), say=lambda line: None)
+    assert curve[0]["cold"] <= 0.1 and curve[-1]["cold"] >= 0.25 and curve[-1]["rollouts"] == 640
