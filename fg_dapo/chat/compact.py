@@ -30,6 +30,7 @@ def write_value(
     try: return mark + json.dumps(value, allow_nan=False).replace("<", "\\u003c")
     except (TypeError, ValueError) as error: raise ValueError(f"{value!r} has no JSON form: {error}") from None
 
+# %% ../../nbs/chat/20_compact.ipynb #73df8099
 def read_value(
     text:str, # What follows, the value first
     is_string:bool=False, # Whether the schema says that it is a string
@@ -69,15 +70,16 @@ def clean_text(
 class WrittenEpisode:
     "An episode as text, cut where the speaker changes."
     prompt:str # Up to where the policy begins
-    turns:tuple[tuple[str, str], ...] # What the policy wrote, with the stop token, and what came back; nothing after the last
+    turns:tuple[tuple[str, str], ...] # What the policy wrote, stop token included, and what came back; last: nothing
     def __str__(self)->str: return self.prompt + "".join(wrote + heard for wrote, heard in self.turns)
 
+# %% ../../nbs/chat/20_compact.ipynb #fbdf95f9
 class CompactTools:
     "The compact format for a set of tools."
     name, stop, begin = "compact_tools", "<|end|>", "<|act|>"
     special = ("<|pad|>", "<|end|>", "<|task|>", "<|feedback|>", "<|tool|>", "<|user|>", "<|act|>")
     def __init__(self,
-        tools:Sequence[dict]=(), # Schemas; parameters of unknown tools are written as JSON where bare text could be misread
+        tools:Sequence[dict]=(), # Schemas; other tools can be written too
     ):
         self.strings, self.order = set(), {}
         for tool in tools:
@@ -90,21 +92,23 @@ class CompactTools:
         feedback:str="", # On earlier attempts; empty for a cold start
     )->str:
         "The text up to where the policy begins."
-        words = task_prompt if isinstance(task_prompt, str) else "\n".join(str(m.get("content", "")) for m in task_prompt)
+        words = task_prompt
+        if not isinstance(words, str): words = "\n".join(str(message.get("content", "")) for message in task_prompt)
         told = f"<|feedback|> {clean_text(feedback)}" if feedback else ""
         return f"<|task|> {clean_text(words)}{told}{self.begin}"
     def reply(self, reply:Reply)->str:
         "One reply; a flat object as pairs."
         content = reply.content
         if isinstance(content, str): text = content
-        elif isinstance(content, dict) and content and all(not isinstance(v, (dict, list)) for v in content.values()): text = write_pairs(content)
+        elif isinstance(content, dict) and content and all(not isinstance(v, (dict, list)) for v in content.values()):
+            text = write_pairs(content)
         else: text = json.dumps(content, ensure_ascii=False)
         return f"{'<|tool|>' if reply.tool or reply.error else '<|user|>'} {clean_text(text, MAX_HEARD)}"
     def replies(self, replies:Sequence[Reply])->str:
         "The text from the end of a turn to where the policy goes on."
         return "".join(map(self.reply, replies)) + self.begin
 
-# %% ../../nbs/chat/20_compact.ipynb #fbdf95f9
+# %% ../../nbs/chat/20_compact.ipynb #b15c0cdf
 def write_pairs(
     pairs:dict, # Name to value
     strings:Iterable[str]=(), # Names whose values are strings by their schema
@@ -112,10 +116,11 @@ def write_pairs(
     "Names and values as `name=value; name=value`."
     strings, out = set(strings), []
     for key, value in pairs.items():
-        name = key if re.fullmatch(r"[\w-]+", key) else write_value(str(key)) if BARE.fullmatch(str(key)) is None else json.dumps(key)
+        name = key if re.fullmatch(r"[\w-]+", key) else json.dumps(key).replace("<", "\\u003c")
         out.append(f"{name}={write_value(value, key in strings)}")
     return "; ".join(out)
 
+# %% ../../nbs/chat/20_compact.ipynb #001fee05
 def read_pairs(
     text:str, # `name=value; name=value`
     strings:Iterable[str]=(), # Names whose values are strings by their schema
@@ -132,7 +137,8 @@ def read_pairs(
         if not text.startswith("=") or not named: raise ValueError(f"write name=value, not {(key + text)[:40]!r}")
         if key in out: raise ValueError(f"{key} is given twice")
         out[key], text = read_value(text[1:], key in strings)
-        if text and not text.startswith(";"): raise ValueError(f"after the value of {key} comes {text[:20]!r}; separate by ;")
+        if text and not text.startswith(";"):
+            raise ValueError(f"after the value of {key} comes {text[:20]!r}; separate by ;")
         text = text[1:].lstrip(" ")
     return out
 
@@ -167,6 +173,7 @@ def parse(self:CompactTools, text:str)->Turn:
         elif line: calls.append(self._call(line))
     return Turn("\n".join(words), tuple(calls))
 
+# %% ../../nbs/chat/20_compact.ipynb #d09394a6
 @patch
 def _words(self:CompactTools, text:str)->str:
     try: value = json.loads(text)
@@ -177,7 +184,8 @@ def _words(self:CompactTools, text:str)->str:
 @patch
 def _call(self:CompactTools, line:str)->ToolCall:
     name, _, rest = line.partition(" ")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name): return ToolCall("", error=f"a line begins with > or the name of a tool, not {line[:40]!r}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        return ToolCall("", error=f"a line begins with > or the name of a tool, not {line[:40]!r}")
     try: return ToolCall(name, read_pairs(rest, [key for tool, key in self.strings if tool == name]))
     except (ValueError, RecursionError) as error: return ToolCall(name, error=f"{name}: {error}"[:200])
 
@@ -206,13 +214,17 @@ def compact_tokenizer(
     special = list(CompactTools.special)
     tok = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORD_PIECES), "isolated")
-    tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, _byte_level(pre_tokenizers)])
     tok.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token=CompactTools.stop, additional_special_tokens=special[2:],
-        clean_up_tokenization_spaces=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<|pad|>", eos_token=CompactTools.stop,
+        additional_special_tokens=special[2:], clean_up_tokenization_spaces=False)
 
+def _byte_level(pre_tokenizers): return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+# %% ../../nbs/chat/20_compact.ipynb #516940d5
 def episode_ids(
     tok, # From `compact_tokenizer`
     written:WrittenEpisode,

@@ -51,21 +51,26 @@ def python_tool(
 ):
     "A function with the signature of a tool."
     function = schema["function"]
-    rules, required = function.get("parameters", {}).get("properties", {}), function.get("parameters", {}).get("required", [])
-    def tool(**arguments): return carry_out(function["name"], {k: v for k, v in arguments.items() if v is not None or k in required})
+    described = function.get("parameters", {})
+    rules, required = described.get("properties", {}), described.get("required", [])
+    def tool(**arguments):
+        return carry_out(function["name"], {k: v for k, v in arguments.items() if v is not None or k in required})
     parameters = []
     for name in sorted(rules, key=lambda name: name not in required):
         kind = rules[name].get("type")
         annotation = _TYPES.get(kind, Any) if isinstance(kind, str) else Any
         default = inspect.Parameter.empty if name in required else None
         if name not in required: annotation = annotation | None if annotation is not Any else Any
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
     tool.__signature__ = inspect.Signature(parameters)
     tool.__annotations__ = {p.name: p.annotation for p in parameters}
-    described = "\n".join(f"    {name}: {rules[name].get('description', '')}" for name in rules)
-    tool.__name__, tool.__doc__ = function["name"], function.get("description", "") + (f"\n\nArgs:\n{described}" if rules else "")
+    about = "\n".join(f"    {name}: {rule.get('description', '')}" for name, rule in rules.items())
+    tool.__name__ = function["name"]
+    tool.__doc__ = function.get("description", "") + (f"\n\nArgs:\n{about}" if rules else "")
     return tool
 
+# %% ../../nbs/env/80_export.ipynb #b849cf92
 class ToolServer:
     "An episode behind a tool server: it answers calls and writes them down."
     def __init__(self, environment:Environment, task:Task, seed:int=0):
@@ -163,14 +168,15 @@ packages = ["{package}"]
 
 EXPORT_README = '''# {package}
 
-The environment `{name}` of fg_dapo as a taskset of verifiers v1. Tasks, tools and reward come from fg_dapo; nothing is copied.
+The environment `{name}` of fg_dapo as a taskset of verifiers v1. Tasks, tools and reward come from fg_dapo.
 
     pip install fg_dapo .
     eval {package}
 
-`split` (train, val or test) is a setting of the taskset. Feedback in words has no place in verifiers, so it is not exported.
+`split` (train, val or test) is a setting of the taskset. Feedback in words has no place in verifiers.
 '''
 
+# %% ../../nbs/env/80_export.ipynb #377867b2
 def export_env(
     name:str, # As `environment` takes it
     out:str|Path, # A folder; `ValueError` when it holds something
@@ -231,6 +237,7 @@ def oracle(prompt, world, rng):
     yield "enter", dict(value=world.number)
 '''
 
+# %% ../../nbs/env/80_export.ipynb #3b1eea27
 NEW_PROMPTS = ("Open door {}.", "Please open door {}.", "I want door {} open.", "Can you open door {}?")
 
 def new_env(

@@ -50,7 +50,8 @@ def within_seconds(
 ): # What it returns; raises `ToolTimeout`
     "Run something for a limited time."
     main = threading.current_thread() is threading.main_thread()
-    if main and hasattr(signal, "setitimer") and signal.getitimer(signal.ITIMER_REAL)[0] == 0: return _with_alarm(seconds, work)
+    if main and hasattr(signal, "setitimer") and signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+        return _with_alarm(seconds, work)
     return _in_thread(seconds, work)
 
 def _with_alarm(seconds, work):
@@ -63,6 +64,7 @@ def _with_alarm(seconds, work):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
+# %% ../../nbs/env/40_face.ipynb #07938ef1
 def _in_thread(seconds, work):
     box = []
     def run():
@@ -100,7 +102,8 @@ def json_value(
     if is_dataclass(value) and not isinstance(value, type): value = asdict(value)
     if isinstance(value, dict): return {json_value(str(k)): json_value(v, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [json_value(v, depth + 1) for v in value]
-    if isinstance(value, (set, frozenset)): return sorted((json_value(v, depth + 1) for v in value), key=lambda v: json.dumps(v, sort_keys=True))
+    if isinstance(value, (set, frozenset)):
+        return sorted((json_value(v, depth + 1) for v in value), key=lambda v: json.dumps(v, sort_keys=True))
     raise TypeError(f"a {type(value).__name__}, which has no JSON form")
 
 def cut_text(
@@ -112,6 +115,7 @@ def cut_text(
     note = f" ... (cut: {len(text)} characters)"
     return text[:max(0, limit - len(note))] + note
 
+# %% ../../nbs/env/40_face.ipynb #2cd20bd4
 def small_value(value:Any, limit:int)->Any:
     "A JSON value; as text that is cut when it is longer than `limit`."
     if isinstance(value, str): return cut_text(value, limit)
@@ -143,6 +147,7 @@ class ClassEpisode:
         return copy.deepcopy({k: v for k, v in vars(self).items() if k not in ("task", "row", "schemas", "limits")})
     def restore(self, state:dict)->None: vars(self).update(copy.deepcopy(state))
 
+# %% ../../nbs/env/40_face.ipynb #9cc7d826
 @patch
 def act(self:ClassEpisode, turn:Turn)->list[Reply]:
     "Carry out the calls of a turn in order, until one ends the episode."
@@ -158,7 +163,7 @@ def act(self:ClassEpisode, turn:Turn)->list[Reply]:
     if not self.done and self.turns >= self.limits["max_turns"]: self.ended = "out_of_turns"
     return [] if self.done else replies
 
-# %% ../../nbs/env/40_face.ipynb #9cc7d826
+# %% ../../nbs/env/40_face.ipynb #65b0136a
 @patch
 def _carry_out(self:ClassEpisode, call:ToolCall)->Reply:
     self.calls += 1
@@ -167,10 +172,13 @@ def _carry_out(self:ClassEpisode, call:ToolCall)->Reply:
     try: value = small_value(json_value(self._invoke(call)), limit)
     except ToolTimeout:
         self.ended = "hung"
-        return self._wrong(call.name, f"{call.name} did not come back within {self.limits['call_seconds']} seconds", "hung")
+        message = f"{call.name} did not come back within {self.limits['call_seconds']} seconds"
+        return self._wrong(call.name, message, "hung")
     except TypeError as error:
-        return self._wrong(call.name, f"{call.name} gave {error}" if "JSON form" in str(error) else str(error), "exception")
-    except (Exception, SystemExit) as error: return self._wrong(call.name, str(error) or type(error).__name__, "exception")
+        message = f"{call.name} gave {error}" if "JSON form" in str(error) else str(error)
+        return self._wrong(call.name, message, "exception")
+    except (Exception, SystemExit) as error:
+        return self._wrong(call.name, str(error) or type(error).__name__, "exception")
     if isinstance(value, dict) and value.get("error"): return self._wrong(call.name, value["error"], "error", value)
     return Reply(value, call.name, "answer")
 
@@ -216,8 +224,10 @@ def _checked_row(row, where):
     if not isinstance(row, dict): raise ValueError(f"{where}: a row is an object, not {row!r}")
     kinds = dict(id=(str, int), prompt=(str, list), split=str, family=str, slices=dict, secrets=list)
     for key, kind in kinds.items():
-        if key in row and not isinstance(row[key], kind): raise ValueError(f"{where}: {key} is {row[key]!r}, which has the wrong type")
-    if row.get("split", "train") not in ROW_SPLITS: raise ValueError(f"{where}: no split {row['split']!r}; the splits are {', '.join(ROW_SPLITS)}")
+        if key in row and not isinstance(row[key], kind):
+            raise ValueError(f"{where}: {key} is {row[key]!r}, which has the wrong type")
+    if row.get("split", "train") not in ROW_SPLITS:
+        raise ValueError(f"{where}: no split {row['split']!r}; the splits are {', '.join(ROW_SPLITS)}")
     return row
 
 def _dealt(place):
@@ -225,6 +235,7 @@ def _dealt(place):
     draw = seed_for(0, "split", place) % 10
     return "train" if draw < 8 else "val" if draw == 8 else "test"
 
+# %% ../../nbs/env/40_face.ipynb #9ee244fa
 def rows_by_split(
     rows:Iterable[dict], # All rows
     source:str="rows", # How errors call them
@@ -261,6 +272,7 @@ def short_steps(
         steps.append(turn.content if not pairs else pairs[0] if len(pairs) == 1 else pairs)
     return steps
 
+# %% ../../nbs/env/40_face.ipynb #36f52a31
 def _adapted(policy):
     "A policy in the short form, `(prompt, world, rng)`, as the seam asks for it."
     def play(task, episode, rng):
@@ -288,11 +300,13 @@ class ClassEnvironment:
         unknown = sorted(set(limits) - set(DEFAULT_LIMITS))
         if unknown: raise ValueError(f"no option {unknown[0]!r}; there are rows, name, {', '.join(DEFAULT_LIMITS)}")
         for method in ("reset", "get_reward"):
-            if not callable(getattr(cls, method, None)): raise ValueError(f"{cls.__name__} has no {method}; see the form in `fg_dapo.env.face`")
+            if not callable(getattr(cls, method, None)):
+                raise ValueError(f"{cls.__name__} has no {method}; see the form in `fg_dapo.env.face`")
         self.cls, self.name, self.version = cls, name or cls.__name__, str(getattr(cls, "version", "1"))
         self.limits = {k: limits.get(k, getattr(cls, k, v)) for k, v in DEFAULT_LIMITS.items()}
         self.schemas = [method_schema(getattr(cls, method)) for method in tool_methods(cls)]
-        if not self.schemas: raise ValueError(f"{cls.__name__} has no tools; a tool is a public method with type hints and a docstring")
+        if not self.schemas:
+            raise ValueError(f"{cls.__name__} has no tools; a tool is a public method with type hints and a docstring")
         self._source, self._tasks, self._rows, self._made = rows, {}, {}, deque()
         self.floor, self.knowing = getattr(cls, "floor", 0.1), tuple(getattr(cls, "knowing", ("oracle",)))
         for offer in ("policies", "demonstrate", "reenact"):
@@ -316,7 +330,8 @@ def _split_rows(self:ClassEnvironment, split:str)->list[dict]:
     if source is None and hasattr(self.cls, "rows"):
         found = rows_by_split([{"split": split} | row for row in self.cls.rows(split)], f"{self.name}.rows({split!r})")
         return found[split]
-    if source is None: raise ValueError(f"{self.name} has no rows; give `rows: my.jsonl`, or the class a class method rows(split)")
+    if source is None:
+        raise ValueError(f"{self.name} has no rows; give `rows: my.jsonl`, or the class a class method rows(split)")
     if isinstance(source, dict):
         if split not in source: raise ValueError(f"no rows for {split!r}; there are rows for {', '.join(source)}")
         return rows_by_split([{"split": split} | row for row in read_jsonl(source[split])], str(source[split]))[split]
@@ -325,6 +340,7 @@ def _split_rows(self:ClassEnvironment, split:str)->list[dict]:
         return rows_by_split(read_jsonl(source), str(source))[split]
     return rows_by_split(source)[split]
 
+# %% ../../nbs/env/40_face.ipynb #07892bdb
 @patch
 def _task(self:ClassEnvironment, row:dict, split:str)->Task:
     _, heard = self._started(row)
@@ -346,8 +362,11 @@ def _started(self:ClassEnvironment, row:dict)->tuple[Any, str]:
     world = self.cls()
     try: heard = within_seconds(self.limits["call_seconds"], lambda: world.reset(**copy.deepcopy(row)))
     except ToolTimeout: raise ValueError(f"{self.name}.reset did not come back for row {row['id']!r}") from None
-    except Exception as error: raise ValueError(f"{self.name}.reset failed on row {row['id']!r}: {type(error).__name__}: {error}") from error
-    if heard is not None and not isinstance(heard, str): raise ValueError(f"{self.name}.reset returned {type(heard).__name__} for row {row['id']!r}; it returns text or None")
+    except Exception as error:
+        raise ValueError(f"{self.name}.reset failed on row {row['id']!r}: {type(error).__name__}: {error}") from error
+    if heard is not None and not isinstance(heard, str):
+        raise ValueError(f"{self.name}.reset returned {type(heard).__name__} for row {row['id']!r}; it "
+            "returns text or None")
     return world, heard or ""
 
 @patch
@@ -364,7 +383,8 @@ def open(self:ClassEnvironment, task:Task, seed:int=0)->ClassEpisode:
 
 # %% ../../nbs/env/40_face.ipynb #4a586a97
 ENDINGS = dict(stopped="The attempt stopped before the task was done.", out_of_turns="The attempt ran out of turns.",
-    out_of_calls="The attempt made too many calls.", out_of_length="The attempt became too long.", done="The attempt ended without success.",
+    out_of_calls="The attempt made too many calls.", out_of_length="The attempt became too long.",
+    done="The attempt ended without success.",
     hung="A tool did not come back, and the attempt was over.")
 
 def one_sentence(
@@ -389,7 +409,8 @@ def derived_feedback(
         sentences.append(one_sentence(f"{one_sentence(tool, 40)[:-1] or 'A call'} answered: {message}"))
     parts = getattr(episode.world, "parts", None)
     for name, value in (parts.items() if isinstance(parts, dict) else ()):
-        if isinstance(value, (int, float)) and value < 1: sentences.append(one_sentence(f"Not done: {name} ({value:.1f} of 1)"))
+        if isinstance(value, (int, float)) and value < 1:
+            sentences.append(one_sentence(f"Not done: {name} ({value:.1f} of 1)"))
     return " ".join(sentences[:12])
 
 # %% ../../nbs/env/40_face.ipynb #540b91ee
@@ -401,7 +422,8 @@ def feedback(self:ClassEnvironment, episode:ClassEpisode, detail:str="observed")
     text, own = None, getattr(episode.world, "feedback", None)
     if callable(own):
         try: text = within_seconds(self.limits["call_seconds"], lambda: own(detail))
-        except (Exception, ToolTimeout, SystemExit) as error: episode.errors.append(("feedback", str(error) or type(error).__name__, "exception"))
+        except (Exception, ToolTimeout, SystemExit) as error:
+            episode.errors.append(("feedback", str(error) or type(error).__name__, "exception"))
     elif own is None: text = derived_feedback(episode, detail)
     if not isinstance(text, str) or not text.strip(): text = derived_feedback(episode, "hint")
     text = " ".join(one_sentence(line, 2000) for line in text.splitlines() if line.strip())
@@ -439,6 +461,7 @@ def _reenact(self:ClassEnvironment, task:Task, turns:Sequence[Turn], rng)->tuple
     self._keep(again)
     return again, [as_turn(step) for step in steps]
 
+# %% ../../nbs/env/40_face.ipynb #948a15a0
 @patch
 def _keep(self:ClassEnvironment, task:Task)->None:
     "Remember the row of a made-up task, and forget the oldest."

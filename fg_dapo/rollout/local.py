@@ -71,6 +71,7 @@ class TaskRollout:
     @property
     def outcome(self)->EpisodeOutcome: return self.episode.outcome()
 
+# %% ../../nbs/rollout/10_local.ipynb #e150eb8e
 class TaskDialogue:
     "One task as text and as tokens, turn by turn."
     def __init__(self, job:TaskJob, sampler):
@@ -79,7 +80,8 @@ class TaskDialogue:
         self.prompt = chat.prompt(job.task.prompt, job.feedback)
         self.ids, limit = text_ids(sampler.tok, self.prompt), min(sampler.max_prompt_tokens, sampler.max_length - 1)
         if len(self.ids) > limit:
-            raise PromptTooLong(f"the prompt of {job.task.id} has {len(self.ids)} tokens, the limit is {limit}; lower max_feedback_tokens or raise max_prompt_tokens")
+            raise PromptTooLong(f"the prompt of {job.task.id} has {len(self.ids)} tokens, the limit is "
+                f"{limit}; lower max_feedback_tokens or raise max_prompt_tokens")
         self.mask, self.logp = [0] * len(self.ids), [0.0] * len(self.ids)
         self.episode = sampler.environment.open(job.task, job.seed)
     @property
@@ -93,7 +95,7 @@ class TaskDialogue:
         written = WrittenEpisode(self.prompt, tuple(self.turns))
         return TaskRollout(self.job, self.episode, self.ids, self.mask, self.logp, written, self.truncated)
 
-# %% ../../nbs/rollout/10_local.ipynb #e150eb8e
+# %% ../../nbs/rollout/10_local.ipynb #17898c91
 @patch
 def hear(self:TaskDialogue,
     ids:list[int], # What the policy wrote, the stop token included
@@ -119,6 +121,7 @@ def hear(self:TaskDialogue,
     self.truncated = cut
     return []
 
+# %% ../../nbs/rollout/10_local.ipynb #993c3458
 @patch
 def _add(self:TaskDialogue, ids, own, logp):
     self.ids += ids
@@ -170,6 +173,7 @@ class PlayedGroup:
     group:Group
     rollouts:dict[int, TaskRollout] = field(default_factory=dict) # By position
 
+# %% ../../nbs/rollout/10_local.ipynb #6ec4dba9
 def play_groups(
     sampler:TaskSampler,
     tasks:Sequence[Task], # One group each
@@ -185,14 +189,16 @@ def play_groups(
     def jobs(played):
         for position in played.group.ready():
             shown = accumulate(played.group.critiques_for(position), plan.mode, plan.max_feedback_tokens)
-            yield TaskJob(played.task, attempt_lines(shown), seed_for(seed, "environment", played.group.index), (played.group.index, position))
+            index = played.group.index
+            yield TaskJob(played.task, attempt_lines(shown), seed_for(seed, "environment", index), (index, position))
     def note(rollout):
         index, position = rollout.job.tag
         played, outcome = groups[index], rollout.outcome
         played.rollouts[position] = rollout
         text = None if outcome.success else sampler.environment.feedback(rollout.episode, plan.detail)
         played.group.record(position, outcome.score, float(outcome.success), text)
-        if ledger: ledger.add(**{"rollouts_guided" if rollout.job.feedback else "rollouts_cold": 1}, tokens=rollout.tokens)
+        if ledger:
+            ledger.add(**{"rollouts_guided" if rollout.job.feedback else "rollouts_cold": 1}, tokens=rollout.tokens)
         return list(jobs(played))
     sampler.run([job for played in groups for job in jobs(played)], seed_for(seed, "sampling"), note)
     return groups
@@ -210,7 +216,8 @@ def spoiled_turns(
         how, calls = rng.choice(("value", "value", "value", "drop", "swap", "tool")), turns[place].calls
         if how == "drop" and len(turns) > 1: turns.pop(place)
         elif how == "swap" and place: turns[place - 1:place + 1] = turns[place - 1:place + 1][::-1]
-        elif calls: turns[place] = Turn(turns[place].content, (_another_call(calls[0], how, schemas, turns, rng), *calls[1:]))
+        elif calls:
+            turns[place] = Turn(turns[place].content, (_another_call(calls[0], how, schemas, turns, rng), *calls[1:]))
     return turns
 
 def _another_call(call, how, schemas, turns, rng):
@@ -244,6 +251,7 @@ def _failed_attempts(environment, task, turns, rng, detail):
         if text: critiques.append(Critique(attempt, text, episode.outcome().score))
     return critiques
 
+# %% ../../nbs/rollout/10_local.ipynb #e924afa3
 def warm_demonstration(
     environment:Environment, # One that `Demonstrates`; another raises `ValueError`
     chat:CompactTools,
@@ -253,10 +261,12 @@ def warm_demonstration(
     max_feedback_tokens:int=120,
 )->WrittenEpisode:
     "A demonstration as text, most of them after feedback on failed attempts."
-    if not isinstance(environment, Demonstrates): raise ValueError(f"{environment.name} has no demonstrate(rng); a warm start needs one")
+    if not isinstance(environment, Demonstrates):
+        raise ValueError(f"{environment.name} has no demonstrate(rng); a warm start needs one")
     task, shown = environment.demonstrate(rng)
     critiques = []
-    if rng.random() < share: critiques = _failed_attempts(environment, task, [turn for turn, _ in shown], rng, rng.choice(details))
+    if rng.random() < share:
+        critiques = _failed_attempts(environment, task, [turn for turn, _ in shown], rng, rng.choice(details))
     kept = accumulate(critiques, rng.choice(("all", "last", "summary", "summary")), max_feedback_tokens)
     written = tuple((chat.write(turn) + chat.stop, chat.replies(replies)) for turn, replies in shown)
     return WrittenEpisode(chat.prompt(task.prompt, attempt_lines(kept)), (*written[:-1], (written[-1][0], "")))

@@ -16,7 +16,8 @@ COLORS = ("red", "blue", "green", "gold", "black", "white", "pink", "brown")
 LEVERS = ("left", "right", "up", "down", "middle")
 SEEN = ("Open the {} box.", "Please open the {} box.", "I need the {} box open.", "The {} box must be opened.",
     "Get the {} box open.", "Can you open the {} box?", "Unlock the {} box.", "Open my {} box please.")
-NEW = dict(val=("The {} box, open it please.", "I need you to open the {} box."), test=("Please get my {} box open.", "Can the {} box be opened?"))
+NEW = dict(val=("The {} box, open it please.", "I need you to open the {} box."),
+    test=("Please get my {} box open.", "Can the {} box be opened?"))
 
 # %% ../../../nbs/domains/toy/10_levers.ipynb #a1764a9c
 class LeverBox:
@@ -87,7 +88,8 @@ class ToyBoxes(LeverBox):
     def demonstrate(cls, rng):
         "A box with an order of its own, and how it is opened."
         order = rng.choices(LEVERS, k=3)
-        row = cls.row(rng.choice(COLORS), rng.choice(SEEN), f"demonstration-{rng.getrandbits(48):012x}", rng, order=order)
+        name = f"demonstration-{rng.getrandbits(48):012x}"
+        row = cls.row(rng.choice(COLORS), rng.choice(SEEN), name, rng, order=order)
         return row, [("pull", dict(lever=lever)) for lever in order]
     @classmethod
     def reenact(cls, row, steps, rng):
