@@ -11,6 +11,8 @@ import json, re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fastcore.basics import patch
+
 from ..env.seam import Reply, ToolCall, Turn
 
 # %% ../../nbs/chat/20_compact.ipynb #0f989911
@@ -96,17 +98,22 @@ class CompactTools:
         if not isinstance(words, str): words = "\n".join(str(message.get("content", "")) for message in task_prompt)
         told = f"<|feedback|> {clean_text(feedback)}" if feedback else ""
         return f"<|task|> {clean_text(words)}{told}{self.begin}"
-    def reply(self, reply:Reply)->str:
-        "One reply; a flat object as pairs."
-        content = reply.content
-        if isinstance(content, str): text = content
-        elif isinstance(content, dict) and content and all(not isinstance(v, (dict, list)) for v in content.values()):
-            text = write_pairs(content)
-        else: text = json.dumps(content, ensure_ascii=False)
-        return f"{'<|tool|>' if reply.tool or reply.error else '<|user|>'} {clean_text(text, MAX_HEARD)}"
-    def replies(self, replies:Sequence[Reply])->str:
-        "The text from the end of a turn to where the policy goes on."
-        return "".join(map(self.reply, replies)) + self.begin
+
+# %% ../../nbs/chat/20_compact.ipynb #846b068d
+@patch
+def reply(self:CompactTools, reply:Reply)->str:
+    "One reply; a flat object as pairs."
+    content = reply.content
+    if isinstance(content, str): text = content
+    elif isinstance(content, dict) and content and all(not isinstance(v, (dict, list)) for v in content.values()):
+        text = write_pairs(content)
+    else: text = json.dumps(content, ensure_ascii=False)
+    return f"{'<|tool|>' if reply.tool or reply.error else '<|user|>'} {clean_text(text, MAX_HEARD)}"
+
+@patch
+def replies(self:CompactTools, replies:Sequence[Reply])->str:
+    "The text from the end of a turn to where the policy goes on."
+    return "".join(map(self.reply, replies)) + self.begin
 
 # %% ../../nbs/chat/20_compact.ipynb #b15c0cdf
 def write_pairs(
@@ -143,8 +150,6 @@ def read_pairs(
     return out
 
 # %% ../../nbs/chat/20_compact.ipynb #55318e3c
-from fastcore.basics import patch
-
 def _words_line(content):
     plain = content.isprintable() and content == content.strip() and not content.startswith('"') and "<|" not in content
     return "> " + (content if plain else json.dumps(content).replace("<", "\\u003c"))

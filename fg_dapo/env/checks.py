@@ -393,8 +393,8 @@ def report_tables(
     title = f"{report.environment} {report.version}, {report.split}"
     policies = Table("policy", "knows", "episodes", "solved", "score", "turns", title=title)
     for row in report.policies:
-        cells = (row.policy, "yes" if row.knows else "", row.episodes, f"{row.success:.1%}", f"{row.score:.2f}", f"{row.turns:.1f}")
-        policies.add_row(*map(str, cells))
+        shares = (f"{row.success:.1%}", f"{row.score:.2f}", f"{row.turns:.1f}")
+        policies.add_row(row.policy, "yes" if row.knows else "", str(row.episodes), *shares)
     findings = Table("", "what", "found")
     for finding in report.findings:
         mark = {True: "ok", False: "FAILS", None: "--"}[finding.holds]

@@ -105,6 +105,10 @@ class EnvConfig(vf.TasksetConfig):
     split: str = "train"
 
 
+'''
+
+# %% ../../nbs/env/80_export.ipynb #46a1a04b
+TASKSET += '''
 class EnvTools(vf.Toolset[vf.ToolsetConfig, EnvState]):
     TOOL_PREFIX = None
 
@@ -124,6 +128,10 @@ class EnvTools(vf.Toolset[vf.ToolsetConfig, EnvState]):
         return reply
 
 
+'''
+
+# %% ../../nbs/env/80_export.ipynb #6e5a5e58
+TASKSET += '''
 class EnvTask(vf.Task[EnvData, EnvState]):
     @classmethod
     def toolsets(cls, config):
@@ -147,7 +155,8 @@ class EnvTaskset(vf.Taskset[EnvTask, EnvConfig]):
     def load(self):
         split = self.config.split
         for task in environment(NAME, **OPTIONS).tasks(split):
-            yield EnvTask(EnvData(id=task.id, prompt=task.prompt, task_id=task.id, split=split), self.config.task)
+            data = EnvData(id=task.id, prompt=task.prompt, task_id=task.id, split=split)
+            yield EnvTask(data, self.config.task)
 '''
 
 # %% ../../nbs/env/80_export.ipynb #f5c738f5
@@ -216,6 +225,10 @@ class {cls}:
         if value == self.number: return "open"
         return {{"error": "too low" if value < self.number else "too high"}}
 
+'''
+
+# %% ../../nbs/env/80_export.ipynb #3f01e134
+NEW_CLASS += '''
     @property
     def done(self): return self.last == self.number
 
