@@ -75,6 +75,7 @@ class Episode(Protocol):
         "What became of it; asked once it is over."
         ...
 
+# %% ../../nbs/env/10_seam.ipynb #23257fd4
 @runtime_checkable
 class Environment(Protocol):
     "Tasks, and how they are played."
@@ -116,6 +117,7 @@ class Reenacts(Protocol):
         "A task like this one and turns that solve it; `None` when it cannot."
         ...
 
+# %% ../../nbs/env/10_seam.ipynb #e4d8ae8c
 @runtime_checkable
 class Copies(Protocol):
     "States that can be put back."
