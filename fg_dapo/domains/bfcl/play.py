@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ATOMS', 'MAX_TEXT', 'MAX_ITEMS', 'MAX_NODES', 'MAX_BITS', 'MAX_DIGITS', 'SCALARS', 'copy_state', 'copy_object',
-           'start_state', 'shape_error', 'arguments_error', 'tree_size', 'too_costly', 'ToolAnswer', 'answer_error',
-           'call_method', 'plain_value', 'SimulatorDesk', 'GoldTurn', 'TurnVerdict', 'gold_run', 'differing',
-           'turn_verdict']
+           'start_state', 'shape_error', 'arguments_error', 'tree_size', 'too_costly', 'list_defaults', 'own_arguments',
+           'ToolAnswer', 'answer_error', 'call_method', 'plain_value', 'SimulatorDesk', 'GoldTurn', 'TurnVerdict',
+           'gold_run', 'differing', 'turn_verdict']
 
 # %% ../../../nbs/domains/bfcl/20_play.ipynb #c0d05ce7
-import copy, decimal, json, random
+import copy, decimal, inspect, json, random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,6 +133,26 @@ def too_costly(
         if name in ("logarithm", "square_root", "round_number") and abs(arguments.get(key) or 0) > MAX_DIGITS: return f"{name}: {key} is too large"
     return None
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #3e653252
+@cache
+def list_defaults(
+    owner:str, # A simulator
+    name:str, # Of a method
+)->dict[str, Any]:
+    "Parameters whose default is a list or a dict."
+    defaults = {}
+    for key, parameter in inspect.signature(getattr(bfcl_classes()[owner], name)).parameters.items():
+        if isinstance(parameter.default, (list, dict)): defaults[key] = type(parameter.default)()
+    return defaults
+
+def own_arguments(
+    owner:str, # A simulator
+    name:str, # Of a method
+    arguments:dict, # As given
+)->dict[str, Any]:
+    "Copies of the arguments, and fresh lists in place of shared defaults."
+    return copy_state(list_defaults(owner, name) | arguments, {})
+
 # %% ../../../nbs/domains/bfcl/20_play.ipynb #f4f36e77
 @dataclass(frozen=True)
 class ToolAnswer:
@@ -159,7 +179,7 @@ def call_method(
     digits = mpmath.mp.dps
     try:
         with decimal.localcontext():
-            value = getattr(simulator, name)(**arguments)
+            value = getattr(simulator, name)(**own_arguments(type(simulator).__name__, name, arguments))
             if isinstance(value, str): text = value
             elif isinstance(value, dict):
                 try: text = json.dumps(value)
