@@ -32,6 +32,7 @@ def silent_policy(task, episode, rng):
     "Never calls anything."
     while True: yield Turn("I cannot help.")
 
+# %% ../../../nbs/domains/bfcl/50_environment.ipynb #820c7697
 def example_value(schema, rng, words):
     "A value of a parameter's type: from the user's words where it can."
     import re
@@ -42,7 +43,8 @@ def example_value(schema, rng, words):
     if schema.get("type") == "boolean": return rng.random() < 0.5
     if schema.get("type") == "integer": return int(float(rng.choice(numbers or ["1"])))
     if schema.get("type") == "number": return float(rng.choice(numbers or ["1"]))
-    if schema.get("type") == "array": return [example_value(dict(schema["items"], description=schema.get("description", "")), rng, words)]
+    if schema.get("type") == "array":
+        return [example_value(dict(schema["items"], description=schema.get("description", "")), rng, words)]
     if schema.get("type") == "object": return {}
     if choices: return rng.choice(choices)
     if texts: return max(rng.choice(texts))
@@ -51,7 +53,8 @@ def example_value(schema, rng, words):
 def example_call(schema, rng, words):
     "A call of a tool with values from the user's words."
     parameters, arguments = schema["function"]["parameters"], {}
-    for name in parameters.get("required", []): arguments[name] = example_value(parameters["properties"][name], rng, words)
+    for name in parameters.get("required", []):
+        arguments[name] = example_value(parameters["properties"][name], rng, words)
     return ToolCall(schema["function"]["name"], arguments)
 
 # %% ../../../nbs/domains/bfcl/50_environment.ipynb #9fdc876a
@@ -69,6 +72,7 @@ def random_tool_policy(task, episode, rng):
         replies = yield Turn("Done.")
         if replies: words = str(replies[0].content)
 
+# %% ../../../nbs/domains/bfcl/50_environment.ipynb #8cb8f36c
 def task_words(task):
     "The user's first words."
     if isinstance(task.prompt, str): return task.prompt
@@ -92,7 +96,8 @@ def adaptive_policy(task, episode, rng):
     while True:
         heard, tried = words, set()
         for _ in range(6):
-            fresh = [schema for schema in likely_tools(episode.tools(), heard) if schema["function"]["name"] not in tried]
+            fresh = [schema for schema in likely_tools(episode.tools(),
+                heard) if schema["function"]["name"] not in tried]
             if not fresh: break
             call = example_call(fresh[0], rng, words)
             replies = yield Turn(calls=(call,))
@@ -114,7 +119,8 @@ class BfclEnvironment:
         sizes:dict[str, int]|None=None, # Generated: tasks of `train`, `val`, `test`
         max_reply:int=20_000, # Characters of a tool's answer that the model reads
     ):
-        if source not in ("public", "generated"): raise ValueError(f"no source {source!r}; there are public and generated")
+        if source not in ("public", "generated"):
+            raise ValueError(f"no source {source!r}; there are public and generated")
         bfcl_folder() # Says now what is missing
         self.source, self.seed, self.max_reply = source, seed, max_reply
         self.version, self.floor = f"{BFCL_VERSION}/{source}/1", dict(public=0.02, generated=0.25)[source]
@@ -161,6 +167,7 @@ def task_of(
         slices["goal"] = "held_out" if scenario.split == "test" and scenario.id.endswith("h") else "seen"
     return Task(scenario.id, scenario.messages[0], slices, scenario.family)
 
+# %% ../../../nbs/domains/bfcl/50_environment.ipynb #20114c45
 @patch
 def feedback(self:BfclEnvironment, episode:BfclEpisode, detail:str)->str|None:
     "Why a finished episode failed; `None` for a success."
@@ -172,10 +179,12 @@ def policies(self:BfclEnvironment)->dict[str, Policy]:
     return dict(oracle=oracle_policy, no_op=silent_policy, first_tool_always=first_tool_policy,
         random=random_tool_policy, adaptive=adaptive_policy)
 
+# %% ../../../nbs/domains/bfcl/50_environment.ipynb #8bad2bde
 @patch
 def demonstrate(self:BfclEnvironment, rng:random.Random)->tuple[Task, list[tuple[Turn, list[Reply]]]]:
     "A random request of plain steps and how they are called; only generated tasks have it."
-    if self.source != "generated": raise ValueError("demonstrations are made for generated tasks only: make(source='generated')")
+    if self.source != "generated":
+        raise ValueError("demonstrations are made for generated tasks only: make(source='generated')")
     return generated_demonstration(rng)
 
 def play_bfcl(

@@ -29,6 +29,7 @@ class CallFact:
     kind:str # `ok`, `tool_error`, `exception`, `refused`, `unknown_tool` or `unreadable`
     said:str = "" # The error in the simulator's words
 
+# %% ../../../nbs/domains/bfcl/40_episode.ipynb #1516f24f
 class BfclEpisode:
     "One task being played."
     def __init__(self,
@@ -76,7 +77,8 @@ def act(self:BfclEpisode,
     if not turn.calls: return self.next_turn()
     replies = []
     for place, call in enumerate(turn.calls):
-        replies.append(self.answer(call) if place < MAX_CALLS else self.refuse(call, f"at most {MAX_CALLS} calls at once"))
+        replies.append(self.answer(call) if place < MAX_CALLS else self.refuse(call,
+            f"at most {MAX_CALLS} calls at once"))
     self.step += 1
     if self.step > MAX_STEPS_A_TURN: self.ended = "out_of_steps"
     return replies
@@ -93,6 +95,7 @@ def next_turn(self:BfclEpisode)->list[Reply]:
         return []
     return [Reply(self.scenario.messages[self.turn], kind="user")]
 
+# %% ../../../nbs/domains/bfcl/40_episode.ipynb #a88e61fc
 @patch
 def refuse(self:BfclEpisode,
     call:ToolCall, # That is not carried out
@@ -136,7 +139,8 @@ def outcome(self:BfclEpisode)->Outcome:
     failure = None
     if not success: failure = next((v.kind for v in self.verdicts if v.kind != "passed"), self.ended or "unfinished")
     errors = sum(1 for fact in self.facts if fact.kind != "ok")
-    metrics = dict(official=float(whole and passed == wanted), turns=float(len(self.verdicts)), turns_passed=float(passed),
+    metrics = dict(official=float(whole and passed == wanted), turns=float(len(self.verdicts)),
+        turns_passed=float(passed),
         calls=float(len(self.facts)), call_errors=float(errors))
     score = 1.0 if success else min(max(0.0, passed - early) / wanted, 0.95)
     return Outcome(success, score, self.ended or "unfinished", failure, metrics)
@@ -150,6 +154,7 @@ def squeezed(
     "Its words in small letters, a space around each: a value is found whole."
     return f" {' '.join(WORD.findall(text.lower()))} "
 
+# %% ../../../nbs/domains/bfcl/40_episode.ipynb #ff3fef86
 def leaf_values(
     value:Any, # A gold argument
 )->list[str]:
@@ -184,7 +189,8 @@ VERDICT_WORDS = dict(
     called_early="a tool was called, and the request could not be carried out yet: something was not on offer or not said",
     wrong_state="the calls did not bring about what was asked",
     missing_answer="an answer that the request needs was not obtained")
-HINT_WORDS = dict(VERDICT_WORDS, out_of_steps="one request took too many steps", stopped="the attempt was cut off before its end",
+HINT_WORDS = dict(VERDICT_WORDS, out_of_steps="one request took too many steps",
+    stopped="the attempt was cut off before its end",
     unfinished="the attempt was not finished")
 
 def hide_secrets(
@@ -224,10 +230,12 @@ def observed_lines(
         verdict, name = verdicts.get(turn), f"Request {turn + 1}"
         if said: lines.append(f"{name}, answers to failed calls in order: " + "; ".join(said[:MAX_QUOTES]) + ".")
         if verdict and verdict.kind != "passed": lines.append(f"{name}: {VERDICT_WORDS[verdict.kind]}.")
-        if verdict and verdict.attributes: lines.append(f"{name}, what is not as it should be: {', '.join(verdict.attributes)}.")
+        if verdict and verdict.attributes:
+            lines.append(f"{name}, what is not as it should be: {', '.join(verdict.attributes)}.")
     if episode.ended != "done": lines.append(f"In the end {HINT_WORDS[episode.ended or 'unfinished']}.")
     return lines
 
+# %% ../../../nbs/domains/bfcl/40_episode.ipynb #3586409d
 def missing_calls(
     episode:BfclEpisode, # That failed
     secrets:Collection[str], # To be left out
@@ -246,10 +254,12 @@ def bfcl_feedback(
 )->str|None: # `None` for a success
     "Why it failed."
     result = episode.outcome()
-    if detail not in ("hint", "observed", "full"): raise ValueError(f"no detail {detail!r}; there are hint, observed, full")
+    if detail not in ("hint", "observed", "full"):
+        raise ValueError(f"no detail {detail!r}; there are hint, observed, full")
     if result.success: return None
     if detail == "hint": return f"The attempt failed: {HINT_WORDS[result.failure]}."
     lines = observed_lines(episode, secrets)
-    if detail == "full" and episode.scenario.split == "test": lines.insert(0, "Missing calls are not told for a task of the test split.")
+    if detail == "full" and episode.scenario.split == "test":
+        lines.insert(0, "Missing calls are not told for a task of the test split.")
     elif detail == "full": lines.append(missing_calls(episode, secrets))
     return " ".join(filter(None, lines))

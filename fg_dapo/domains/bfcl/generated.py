@@ -27,10 +27,13 @@ DOORS = ("driver", "passenger", "rear_left", "rear_right")
 PEOPLE = ("Alma", "Boris", "Chen", "Dora", "Emil", "Farah", "Goran", "Hana")
 FOLDERS = ("notes", "photos", "bills", "drafts", "music", "plans")
 FILES_MADE = ("list.txt", "memo.txt", "budget.csv", "todo.md", "diary.txt", "recipe.txt")
-TEXTS = ("see you at noon", "the parcel is here", "call me back", "all is well", "bring the keys", "the meeting moved")
+TEXTS = ("see you at noon", "the parcel is here", "call me back", "all is well", "bring the keys",
+    "the meeting moved")
 STOCKS = ("AAPL", "GOOG", "TSLA", "MSFT", "NVDA", "ZETA", "NEPT", "SYNX")
-POLITE = ("{}", "Please {}", "Could you {}", "I need you to {}", "Kindly {}", "Can you {}", "I want you to {}", "Now {}")
+POLITE = ("{}", "Please {}", "Could you {}", "I need you to {}", "Kindly {}", "Can you {}", "I want you to {}",
+    "Now {}")
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #4048194a
 @dataclass(frozen=True)
 class Goal:
     "A drawn goal: its start, its words and its gold."
@@ -48,6 +51,7 @@ class GoalKind:
     wordings:tuple[str, ...] # With the slots in braces
     held_out:bool = False # Whether training never shows it
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #3be7cb36
 GOAL_KINDS = {}
 
 def goal_kind(
@@ -67,7 +71,8 @@ def engine_calls(rng):
     doors = {door: rng.choice(("locked", "unlocked")) for door in DOORS}
     open_doors = [door for door in DOORS if doors[door] == "unlocked"]
     calls = [GoldCall("lockDoors", dict(unlock=False, door=open_doors))] if open_doors else []
-    calls += [GoldCall("pressBrakePedal", dict(pedalPosition=1.0)), GoldCall("startEngine", dict(ignitionMode="START"))]
+    calls += [GoldCall("pressBrakePedal", dict(pedalPosition=1.0)), GoldCall("startEngine",
+        dict(ignitionMode="START"))]
     return dict(VehicleControlAPI=dict(doorStatus=doors, fuelLevel=float(rng.randint(5, 40)))), calls
 
 @goal_kind("VehicleControlAPI", "start the engine", "start the car", "get the engine running", "turn the engine on")
@@ -75,33 +80,39 @@ def engine_on(rng):
     start, calls = engine_calls(rng)
     return Goal(start, {}, tuple(calls))
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #219e83f2
 @goal_kind("VehicleControlAPI", "set the cruise control to {speed} with a distance of {gap} to the next car",
     "activate cruise control at {speed}, {gap} meters behind the next vehicle", held_out=True)
 def cruise(rng):
     start, calls = engine_calls(rng)
     slots = dict(speed=5 * rng.randint(6, 20), gap=10 * rng.randint(3, 12))
-    last = GoldCall("setCruiseControl", dict(speed=float(slots["speed"]), activate=True, distanceToNextVehicle=float(slots["gap"])))
+    last = GoldCall("setCruiseControl", dict(speed=float(slots["speed"]), activate=True,
+        distanceToNextVehicle=float(slots["gap"])))
     return Goal(start, slots, (*calls, last))
 
-@goal_kind("VehicleControlAPI", "start the engine and navigate to {place}", "turn the engine on, then set the navigation to {place}",
+@goal_kind("VehicleControlAPI", "start the engine and navigate to {place}",
+    "turn the engine on, then set the navigation to {place}",
     held_out=True)
 def drive(rng):
     start, calls = engine_calls(rng)
     place = f"{rng.randint(1, 99)} {rng.choice(('Elm', 'Lake', 'Mill'))} Road"
     return Goal(start, dict(place=place), (*calls, GoldCall("set_navigation", dict(destination=place))))
 
-@goal_kind("VehicleControlAPI", "switch the headlights {mode}", "turn the headlights {mode}", "set the headlights to {mode}")
+@goal_kind("VehicleControlAPI", "switch the headlights {mode}", "turn the headlights {mode}",
+    "set the headlights to {mode}")
 def headlights(rng):
     mode = rng.choice(("on", "off"))
     start = dict(headLightStatus="off" if mode == "on" else "on")
     return Goal(dict(VehicleControlAPI=start), dict(mode=mode), (GoldCall("setHeadlights", dict(mode=mode)),))
 
 # %% ../../../nbs/domains/bfcl/30_generated.ipynb #10c02d1e
-@goal_kind("VehicleControlAPI", "fill in {amount} gallons of fuel", "add {amount} gallons to the tank", "refuel {amount} gallons")
+@goal_kind("VehicleControlAPI", "fill in {amount} gallons of fuel", "add {amount} gallons to the tank",
+    "refuel {amount} gallons")
 def refuel(rng):
     amount = rng.randint(2, 20)
     start = dict(fuelLevel=float(rng.randint(1, 29)))
-    return Goal(dict(VehicleControlAPI=start), dict(amount=amount), (GoldCall("fillFuelTank", dict(fuelAmount=float(amount))),))
+    return Goal(dict(VehicleControlAPI=start), dict(amount=amount), (GoldCall("fillFuelTank",
+        dict(fuelAmount=float(amount))),))
 
 @goal_kind("VehicleControlAPI", "engage the parking brake", "put the parking brake on", "activate the parking brake")
 def park(rng):
@@ -122,7 +133,8 @@ def login_call(name, slots):
 
 ACCOUNT = " (user {user}, password {password})"
 
-@goal_kind("TradingBot", "buy {amount} shares of {symbol} at {price}" + ACCOUNT, "place a buy order: {amount} {symbol} for {price} each" + ACCOUNT)
+@goal_kind("TradingBot", "buy {amount} shares of {symbol} at {price}" + ACCOUNT,
+    "place a buy order: {amount} {symbol} for {price} each" + ACCOUNT)
 def buy(rng):
     slots = credentials(rng) | dict(symbol=rng.choice(STOCKS), price=rng.randint(10, 90), amount=rng.randint(2, 20))
     order = dict(order_type="Buy", symbol=slots["symbol"], price=float(slots["price"]), amount=slots["amount"])
@@ -131,12 +143,16 @@ def buy(rng):
 @goal_kind("TradingBot", "deposit {amount} dollars" + ACCOUNT, "fund the account with {amount}" + ACCOUNT)
 def deposit(rng):
     slots = credentials(rng) | dict(amount=50 * rng.randint(1, 40))
-    return Goal(trading_start(rng), slots, (login_call("trading_login", slots), GoldCall("fund_account", dict(amount=float(slots["amount"])))))
+    return Goal(trading_start(rng), slots, (login_call("trading_login", slots), GoldCall("fund_account",
+        dict(amount=float(slots["amount"])))))
 
-@goal_kind("TradingBot", "withdraw {amount} dollars" + ACCOUNT, "take {amount} out of the account" + ACCOUNT, held_out=True)
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #3f0e86e2
+@goal_kind("TradingBot", "withdraw {amount} dollars" + ACCOUNT, "take {amount} out of the account" + ACCOUNT,
+    held_out=True)
 def withdraw(rng):
     slots = credentials(rng) | dict(amount=50 * rng.randint(1, 40))
-    return Goal(trading_start(rng), slots, (login_call("trading_login", slots), GoldCall("withdraw_funds", dict(amount=float(slots["amount"])))))
+    return Goal(trading_start(rng), slots, (login_call("trading_login", slots), GoldCall("withdraw_funds",
+        dict(amount=float(slots["amount"])))))
 
 # %% ../../../nbs/domains/bfcl/30_generated.ipynb #9144581c
 @goal_kind("TradingBot", "watch the stock {symbol}", "add {symbol} to the watchlist", "put {symbol} on the watchlist")
@@ -149,11 +165,14 @@ def watch_stock(rng):
 def unwatch_stock(rng):
     start = trading_start(rng)
     slots = credentials(rng) | dict(symbol=rng.choice(start["TradingBot"]["watch_list"]))
-    return Goal(start, slots, (login_call("trading_login", slots), GoldCall("remove_stock_from_watchlist", dict(symbol=slots["symbol"]))))
+    return Goal(start, slots, (login_call("trading_login", slots), GoldCall("remove_stock_from_watchlist",
+        dict(symbol=slots["symbol"]))))
 
-@goal_kind("TicketAPI", "open a ticket '{title}' with priority {priority}" + ACCOUNT, "create a ticket named '{title}', priority {priority}" + ACCOUNT)
+@goal_kind("TicketAPI", "open a ticket '{title}' with priority {priority}" + ACCOUNT,
+    "create a ticket named '{title}', priority {priority}" + ACCOUNT)
 def open_ticket(rng):
-    slots = credentials(rng) | dict(title=rng.choice(("broken lamp", "slow network", "lost badge", "no sound")), priority=rng.randint(1, 5))
+    slots = credentials(rng) | dict(title=rng.choice(("broken lamp", "slow network", "lost badge", "no sound")),
+        priority=rng.randint(1, 5))
     ticket = GoldCall("create_ticket", dict(title=slots["title"], priority=slots["priority"]))
     return Goal(dict(TicketAPI={}), slots, (login_call("ticket_login", slots), ticket))
 
@@ -168,46 +187,58 @@ def shut_ticket(rng):
 def posting_start(slots):
     "An account of the posting service."
     tweets = {"1": dict(id=1, username="sam", content="good morning", tags=[], mentions=[])}
-    return dict(TwitterAPI=dict(username=slots["user"], password=slots["password"], authenticated=False, tweets=tweets, tweet_counter=2,
+    return dict(TwitterAPI=dict(username=slots["user"], password=slots["password"], authenticated=False,
+        tweets=tweets, tweet_counter=2,
         comments={}, retweets={}, following_list=[]))
 
 @goal_kind("TwitterAPI", "post '{text}'" + ACCOUNT, "post a tweet saying '{text}'" + ACCOUNT)
 def post(rng):
     slots = credentials(rng) | dict(text=rng.choice(TEXTS))
-    return Goal(posting_start(slots), slots, (login_call("authenticate_twitter", slots), GoldCall("post_tweet", dict(content=slots["text"]))))
+    return Goal(posting_start(slots), slots, (login_call("authenticate_twitter", slots), GoldCall("post_tweet",
+        dict(content=slots["text"]))))
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #e72f2ba4
 @goal_kind("TwitterAPI", "follow {person}" + ACCOUNT, "start following {person}" + ACCOUNT, held_out=True)
 def follow_person(rng):
     slots = credentials(rng) | dict(person=rng.choice(PEOPLE).lower())
     call = GoldCall("follow_user", dict(username_to_follow=slots["person"]))
     return Goal(posting_start(slots), slots, (login_call("authenticate_twitter", slots), call))
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #6890f2d5
 @goal_kind("TravelAPI", "set a travel budget of {limit} for {first} {last} (client {user}, secret {password}, refresh {refresh}, read_write)")
 def budget(rng):
     slots = travel_slots(rng) | dict(limit=100 * rng.randint(5, 50))
     start, login, code = travel_login(rng, slots)
-    return Goal(start, slots, (login, GoldCall("set_budget_limit", dict(access_token=code, budget_limit=float(slots["limit"])))))
+    return Goal(start, slots, (login, GoldCall("set_budget_limit", dict(access_token=code,
+        budget_limit=float(slots["limit"])))))
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #910c85ce
 @goal_kind("TravelAPI", "cancel booking {booking} of {first} {last} (client {user}, secret {password}, refresh {refresh}, read_write)",
     held_out=True)
 def cancel_trip(rng):
     slots = travel_slots(rng) | dict(booking=str(rng.randint(1000000, 9999999)))
     start, login, code = travel_login(rng, slots)
-    record = dict(card_id="c1", travel_date="2026-05-01", travel_from="SFO", travel_to="LAX", travel_class="economy", travel_cost=200.0,
+    record = dict(card_id="c1", travel_date="2026-05-01", travel_from="SFO", travel_to="LAX",
+        travel_class="economy", travel_cost=200.0,
         transaction_id="45451592")
-    start["TravelAPI"] |= dict(credit_card_list={"c1": dict(balance=500.0)}, booking_record={slots["booking"]: record})
-    return Goal(start, slots, (login, GoldCall("cancel_booking", dict(access_token=code, booking_id=slots["booking"]))))
+    start["TravelAPI"] |= dict(credit_card_list={"c1": dict(balance=500.0)},
+        booking_record={slots["booking"]: record})
+    return Goal(start, slots, (login, GoldCall("cancel_booking", dict(access_token=code,
+        booking_id=slots["booking"]))))
 
 def travel_slots(rng):
     "A traveller and three codes."
-    return credentials(rng) | dict(first=rng.choice(PEOPLE), last=rng.choice(("Berg", "Costa", "Dahl")), refresh=f"rt{rng.randint(100, 999)}")
+    return credentials(rng) | dict(first=rng.choice(PEOPLE), last=rng.choice(("Berg", "Costa", "Dahl")),
+        refresh=f"rt{rng.randint(100, 999)}")
 
 def travel_login(rng, slots):
     "A start, the call that gives an access code, and the code."
     seed = rng.randint(1, 10**6)
-    arguments = dict(client_id=slots["user"], client_secret=slots["password"], refresh_token=slots["refresh"], grant_type="read_write",
+    arguments = dict(client_id=slots["user"], client_secret=slots["password"], refresh_token=slots["refresh"],
+        grant_type="read_write",
         user_first_name=slots["first"], user_last_name=slots["last"])
-    return dict(TravelAPI=dict(random_seed=seed)), GoldCall("authenticate_travel", arguments), str(random.Random(seed).randint(100000, 999999))
+    return dict(TravelAPI=dict(random_seed=seed)), GoldCall("authenticate_travel",
+        arguments), str(random.Random(seed).randint(100000, 999999))
 
 # %% ../../../nbs/domains/bfcl/30_generated.ipynb #11f44108
 def mailbox(rng):
@@ -223,28 +254,34 @@ def tell(rng):
     sender, receiver = rng.sample(PEOPLE, 2)
     text = rng.choice(TEXTS)
     calls = (GoldCall("get_user_id", dict(user=sender)), GoldCall("message_login", dict(user_id=users[sender])),
-        GoldCall("get_user_id", dict(user=receiver)), GoldCall("send_message", dict(receiver_id=users[receiver], message=text)))
+        GoldCall("get_user_id", dict(user=receiver)), GoldCall("send_message", dict(receiver_id=users[receiver],
+            message=text)))
     return Goal(start, dict(sender=sender, receiver=receiver, text=text), calls)
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #e5743321
 @goal_kind("MessageAPI", "log {sender} in", "log in as {sender}", "sign in for {sender}")
 def sign_in(rng):
     start, users = mailbox(rng)
     sender = rng.choice(PEOPLE)
-    return Goal(start, dict(sender=sender), (GoldCall("get_user_id", dict(user=sender)), GoldCall("message_login", dict(user_id=users[sender]))))
+    return Goal(start, dict(sender=sender), (GoldCall("get_user_id", dict(user=sender)), GoldCall("message_login",
+        dict(user_id=users[sender]))))
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #91d72acd
 def disk_with(*names):
     "A disk with a folder in a folder."
     inside = {}
     for name in reversed(names): inside = {name: dict(type="directory", contents=inside)}
     return dict(GorillaFileSystem=dict(root=dict(home=dict(type="directory", contents=inside))))
 
-@goal_kind("GorillaFileSystem", "make a file '{file}' in the folder '{one}'", "create an empty '{file}' inside '{one}'")
+@goal_kind("GorillaFileSystem", "make a file '{file}' in the folder '{one}'",
+    "create an empty '{file}' inside '{one}'")
 def make_file(rng):
     slots = dict(one=rng.choice(FOLDERS), file=rng.choice(FILES_MADE))
     calls = (GoldCall("cd", dict(folder=slots["one"])), GoldCall("touch", dict(file_name=slots["file"])))
     return Goal(disk_with(slots["one"]), slots, calls)
 
-@goal_kind("GorillaFileSystem", "write '{text}' into a new file '{file}' in '{one}'", "in '{one}', make '{file}' that says '{text}'")
+@goal_kind("GorillaFileSystem", "write '{text}' into a new file '{file}' in '{one}'",
+    "in '{one}', make '{file}' that says '{text}'")
 def write_file(rng):
     slots = dict(one=rng.choice(FOLDERS), file=rng.choice(FILES_MADE), text=rng.choice(TEXTS))
     calls = (GoldCall("cd", dict(folder=slots["one"])), GoldCall("touch", dict(file_name=slots["file"])),
@@ -252,12 +289,14 @@ def write_file(rng):
     return Goal(disk_with(slots["one"]), slots, calls)
 
 # %% ../../../nbs/domains/bfcl/30_generated.ipynb #eddcb8fb
-@goal_kind("GorillaFileSystem", "write '{text}' into a new file '{file}' in '{one}/{two}'", "in '{one}/{two}', make '{file}' that says '{text}'",
+@goal_kind("GorillaFileSystem", "write '{text}' into a new file '{file}' in '{one}/{two}'",
+    "in '{one}/{two}', make '{file}' that says '{text}'",
     held_out=True)
 def write_deep(rng):
     one, two = rng.sample(FOLDERS, 2)
     slots = dict(one=one, two=two, file=rng.choice(FILES_MADE), text=rng.choice(TEXTS))
-    calls = (GoldCall("cd", dict(folder=one)), GoldCall("cd", dict(folder=two)), GoldCall("touch", dict(file_name=slots["file"])),
+    calls = (GoldCall("cd", dict(folder=one)), GoldCall("cd", dict(folder=two)), GoldCall("touch",
+        dict(file_name=slots["file"])),
         GoldCall("echo", dict(content=slots["text"], file_name=slots["file"])))
     return Goal(disk_with(one, two), slots, calls)
 
@@ -266,7 +305,8 @@ def make_folder(rng):
     one, other = rng.sample(FOLDERS, 2)
     return Goal(disk_with(other), dict(one=one), (GoldCall("mkdir", dict(dir_name=one)),))
 
-@goal_kind("MathAPI", "compute the mean of {first}, {second} and {third}", "what is the mean of {first}, {second}, {third}")
+@goal_kind("MathAPI", "compute the mean of {first}, {second} and {third}",
+    "what is the mean of {first}, {second}, {third}")
 def average(rng):
     numbers = rng.sample(range(1, 99), 3)
     slots = dict(zip(("first", "second", "third"), numbers))
@@ -289,13 +329,15 @@ def made_scenario(
     chosen = wanted | set(rng.sample(others, OFFERED - len(wanted)))
     offered = tuple(name for name in bfcl_tools() if name in chosen)
     needed = tuple(goal.needed and place == len(goal.calls) - 1 for place in range(len(goal.calls)))
-    scenario = BfclScenario(id, split, "generated", (kind.owner,), (request[0].upper() + request[1:],), (goal.calls,), goal.start,
+    scenario = BfclScenario(id, split, "generated", (kind.owner,), (request[0].upper() + request[1:],), (goal.calls,
+        ), goal.start,
         offered=offered, needed=(needed,), family=kind.name)
     said = gold_run(scenario, start_state(scenario))[0].said
     wrong = [answer.text for answer in said if answer.kind != "ok"]
     if wrong: raise ValueError(f"gold of {id} ({kind.name}) fails: {wrong[0]}")
     return scenario
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #6c5a3bce
 GENERATED_SIZES = dict(train=400, val=100, test=400)
 
 def generated_scenarios(
@@ -305,7 +347,8 @@ def generated_scenarios(
     "Tasks of all splits; in the test split every other one is of a held-out kind."
     scenarios = []
     for split, count in (GENERATED_SIZES | (sizes or {})).items():
-        if split not in GENERATED_SIZES: raise ValueError(f"no split {split!r}; there are {', '.join(GENERATED_SIZES)}")
+        if split not in GENERATED_SIZES:
+            raise ValueError(f"no split {split!r}; there are {', '.join(GENERATED_SIZES)}")
         for number in range(count):
             rng = rng_for(seed, "bfcl", split, number)
             held = split == "test" and number % 2 == 1
@@ -325,6 +368,7 @@ STEP_WORDS = dict(
     post_tweet="post '{content}'", place_order="order {amount} {symbol} at {price}", mean="compute the mean of {numbers}",
     send_message="send '{message}' to {receiver_id}", fund_account="deposit {amount}", activateParkingBrake="set the parking brake")
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #a5255e62
 def random_steps(
     owner:str, # A simulator
     rng:random.Random, # Of the draw
@@ -337,6 +381,7 @@ def random_steps(
         if steps: calls.append(rng.choice(steps))
     return start, calls
 
+# %% ../../../nbs/domains/bfcl/30_generated.ipynb #08d3239b
 def generated_demonstration(
     rng:random.Random, # Of the draw
 )->tuple[Task, list[tuple[Turn, list[Reply]]]]: # The last turn has no call and no answer
@@ -345,7 +390,8 @@ def generated_demonstration(
     while not calls: start, calls = random_steps(owner, rng)
     words = [STEP_WORDS[call.name].format(**call.arguments) for call in calls]
     prompt = ", then ".join(words) + "."
-    desk = SimulatorDesk(start_state(BfclScenario("demo", "train", "generated", (owner,), (prompt,), (tuple(calls),), start)))
+    desk = SimulatorDesk(start_state(BfclScenario("demo", "train", "generated", (owner,), (prompt,), (tuple(calls),
+        ), start)))
     turns = []
     for call in calls:
         answer = desk.carry_out(call.name, call.arguments)

@@ -37,7 +37,8 @@ def bfcl_classes()->dict[str, type]:
     bfcl_folder()
     where = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
     classes = {}
-    for name, module in SIMULATORS.items(): classes[name] = getattr(importlib.import_module(f"{where}.{module}"), name)
+    for name, module in SIMULATORS.items(): classes[name] = getattr(importlib.import_module(f"{where}.{module}"),
+        name)
     return classes
 
 # %% ../../../nbs/domains/bfcl/10_package.ipynb #7580ca52
@@ -55,6 +56,7 @@ def json_schema(
         else: schema[key] = json_schema(value)
     return schema
 
+# %% ../../../nbs/domains/bfcl/10_package.ipynb #12d51699
 @dataclass(frozen=True)
 class BfclTool:
     "One method of a simulator."
@@ -74,7 +76,8 @@ def bfcl_tools()->dict[str, BfclTool]:
         lines = (bfcl_folder() / "data/multi_turn_func_doc" / f"{module}.json").read_text(encoding="utf-8").split("\n")
         for line in filter(str.strip, lines):
             doc = json.loads(line)
-            function = dict(name=doc["name"], description=doc["description"], parameters=json_schema(doc["parameters"]))
+            function = dict(name=doc["name"], description=doc["description"],
+                parameters=json_schema(doc["parameters"]))
             tools[doc["name"]] = BfclTool(doc["name"], owner, dict(type="function", function=function))
     return tools
 
@@ -94,7 +97,8 @@ def read_gold(
     "A call string, read without running it."
     try: call = ast.parse(text, mode="eval").body
     except SyntaxError as error: raise ValueError(f"not a call: {text!r} ({error.msg})") from error
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name): raise ValueError(f"not a plain call: {text!r}")
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(f"not a plain call: {text!r}")
     tool = bfcl_tools().get(call.func.id)
     if tool is None: raise ValueError(f"no tool {call.func.id!r} in {text!r}")
     names = list(tool.properties)

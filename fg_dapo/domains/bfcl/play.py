@@ -38,6 +38,7 @@ def copy_state(
         return twin
     return copy.deepcopy(value, seen)
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #7807527b
 def copy_object(
     value:Any, # A simulator, a folder or a file
     seen:dict, # As above
@@ -76,7 +77,8 @@ def shape_error(
     if isinstance(value, str) and len(value) > MAX_TEXT: return f"is longer than {MAX_TEXT} characters"
     if isinstance(value, float) and value - value != 0: return "is not a finite number"
     if wanted == "array":
-        if not isinstance(value, list) or len(value) > MAX_ITEMS: return f"must be a list of at most {MAX_ITEMS} items"
+        if not isinstance(value, list) or len(value) > MAX_ITEMS:
+            return f"must be a list of at most {MAX_ITEMS} items"
         return next(filter(None, [shape_error(item, schema.get("items", {}), strict) for item in value]), None)
     if wanted == "object":
         if not isinstance(value, dict) or len(value) > MAX_ITEMS: return "must be an object"
@@ -85,6 +87,7 @@ def shape_error(
     if strict and wanted in ("number", "integer") and (isinstance(value, (str, bool))): return "must be a number"
     return None
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #0aafd3ac
 def arguments_error(
     name:str, # Of a tool that there is
     arguments:Any, # As the model gave them
@@ -93,7 +96,8 @@ def arguments_error(
     tool = bfcl_tools()[name]
     if not isinstance(arguments, dict): return f"{name}: arguments must be an object"
     unknown = [key for key in arguments if key not in tool.properties]
-    if unknown: return f"{name} has no parameter {str(unknown[0])[:60]!r}; it has: {', '.join(tool.properties) or 'none'}"
+    if unknown:
+        return f"{name} has no parameter {str(unknown[0])[:60]!r}; it has: {', '.join(tool.properties) or 'none'}"
     missing = [key for key in tool.required if arguments.get(key) is None]
     if missing: return f"{name} needs the parameter {missing[0]!r}"
     for key, value in arguments.items():
@@ -115,6 +119,7 @@ def tree_size(
         stack.extend(getattr(item, "contents", {}).values())
     return count
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #924ceb10
 def too_costly(
     simulator:Any, # Whose method is called
     name:str, # The tool
@@ -124,13 +129,17 @@ def too_costly(
     if name in ("cp", "mv"):
         here = simulator._current_dir
         source = here.contents.get(arguments["source"])
-        if source is not None and source is here.contents.get(arguments["destination"]): return f"{name}: cannot put a folder into itself"
-        if tree_size(simulator.root, MAX_NODES) + tree_size(source, MAX_NODES) > MAX_NODES: return f"{name}: the disk is full"
+        if source is not None and source is here.contents.get(arguments["destination"]):
+            return f"{name}: cannot put a folder into itself"
+        if tree_size(simulator.root, MAX_NODES) + tree_size(source, MAX_NODES) > MAX_NODES:
+            return f"{name}: the disk is full"
     if name == "power":
         base, exponent = arguments["base"], arguments["exponent"]
-        if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS: return "power: the result is too large"
+        if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > MAX_BITS:
+            return "power: the result is too large"
     for key in ("precision", "decimal_places"):
-        if name in ("logarithm", "square_root", "round_number") and abs(arguments.get(key) or 0) > MAX_DIGITS: return f"{name}: {key} is too large"
+        if name in ("logarithm", "square_root", "round_number") and abs(arguments.get(key) or 0) > MAX_DIGITS:
+            return f"{name}: {key} is too large"
     return None
 
 # %% ../../../nbs/domains/bfcl/20_play.ipynb #3e653252
@@ -166,9 +175,11 @@ def answer_error(
 )->bool:
     "Whether it says that the call failed."
     if isinstance(value, list) and len(value) == 1: value = value[0]
-    if isinstance(value, dict): return "error" in value or False in (value.get("login_status"), value.get("authentication_status"))
+    if isinstance(value, dict):
+        return "error" in value or False in (value.get("login_status"), value.get("authentication_status"))
     return isinstance(value, str) and value.startswith("Error")
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #0357f6d8
 def call_method(
     simulator:Any, # An instance of our own
     name:str, # A tool of its class
@@ -191,6 +202,7 @@ def call_method(
     finally: mpmath.mp.dps = digits
     return ToolAnswer(text, plain_value(value, text), "tool_error" if answer_error(value) else "ok")
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #711438b6
 def plain_value(
     value:Any, # What a method returned; it may be a part of the state
     text:str, # The same as text
@@ -247,6 +259,7 @@ class TurnVerdict:
     kind:str # `passed`, `called_nothing`, `called_early`, `wrong_state` or `missing_answer`
     attributes:tuple[str, ...] = () # `Class.attribute` that differ from gold's
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #addd3fbf
 def gold_run(
     scenario:BfclScenario, # What is played
     start:dict[str, Any], # From `start_state`
@@ -261,6 +274,7 @@ def gold_run(
         turns.append(GoldTurn(state, answers, said))
     return tuple(turns)
 
+# %% ../../../nbs/domains/bfcl/20_play.ipynb #4ebbd960
 def differing(
     mine:dict[str, Any], # Class to simulator
     gold:dict[str, Any], # The same from the gold run
