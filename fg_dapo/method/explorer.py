@@ -70,7 +70,10 @@ def next_plan(
     failed:Collection[Plan]=(), # What was tried
 )->Plan:
     "What to try next. A plan that would be one of `failed` has a wrong department in front, which `known` then knows too."
-    names = known.path or [rng.choice([d for d in departments if d not in known.out] or departments)]
+    def tried(d): return len(known.useless.get(d, ()))
+    possible = [d for d in departments if d not in known.out] or departments
+    least = min(tried(d) for d in possible)
+    names = known.path or [rng.choice([d for d in possible if tried(d) == least])]
     def guess(d): # Of what no try at `d` has shown to be useless
         pool = [f for f in AUTH_FIELDS if f not in known.refused | known.lacks | known.useless.get(d, set())]
         return rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3)) if len(names) == 1 else 1))

@@ -111,6 +111,7 @@ MACROS = """
 {% endmacro %}
 
 {% macro plan(o) %}
+{% if o.called and o.called not in o.path %}{{ o.called }} does not handle this. {% endif %}
 {{ wants('Required fields', o.required_fields) }}.
 {% for f, other in o.alternatives.items() %}{% if f not in o.required_fields %}Use {{ other }} instead of {{ f }}. {% endif %}{% endfor %}
 {% if o.ending == 'tell_user' %}
@@ -125,7 +126,8 @@ Right order: {% for d in o.path %}{{ wants(d ~ ' ' ~ o.phones[d], o.fields[d]) }
 
 # %% ../../nbs/method/20_feedback.ipynb #c3672551
 HINTS_AND_REASONS = dict(
-    missing_auth=("A department wanted fields that make_phone_call did not give.", "{{ who(o) }} did not get every field it wants in make_phone_call."),
+    missing_auth=("A department wanted fields that make_phone_call did not give.", 
+        "{{ who(o) }} {{ 'did not get every field it wants' if o.told is none else 'could not verify you' }} in make_phone_call."),
     unverified=("make_phone_call reached a department that could not verify you.", "{{ who(o) }} could not verify you in make_phone_call and told you nothing."),
     wrong_auth=("A value in make_phone_call did not match the records.", "{{ who(o) }} found a wrong value in make_phone_call."),
     fabricated_auth=("make_phone_call held a value that the user never gave.",)*2,
