@@ -84,7 +84,7 @@ def failure_kind(
     "The failure to mend first."
     if episode.success: return None
     if episode.ended == "fabricated": return "fabricated_auth"
-    if episode.desk.refused: return "over_collection"
+    if episode.desk.refused or getattr(episode.desk, "fed_up", False): return "over_collection"
     calls = episode.desk.phone.history
     if calls and (kind := _call_kind(episode, calls[-1])): return kind
     last = episode.log[-1][1].kind if episode.log else None
