@@ -14,10 +14,11 @@ from fg_dapo.world.records import AUTH_FIELDS, DEPARTMENTS, in_order
 FIELD, DEPT = st.sampled_from(list(AUTH_FIELDS)), st.sampled_from(DEPARTMENTS)
 FIELDS = st.lists(FIELD, max_size=5, unique=True).map(tuple)
 SOME = st.lists(FIELD, min_size=1, max_size=5, unique=True).map(tuple)
+DEPTS = st.lists(DEPT, max_size=3, unique=True).map(tuple)
 NUMBER = st.from_regex(r"[2-9][0-9]{2}-555-01[0-9]{2}", fullmatch=True)
 OBSERVED = st.fixed_dictionaries(dict(type=st.sampled_from(list(FAILURE_KINDS)), company=st.text(max_size=40), asked=FIELDS, superfluous=FIELDS, unavailable=FIELDS,
-    called=st.none() | DEPT, missing_fields=FIELDS, wrong_fields=FIELDS, redirect_to=st.none() | DEPT, need_first=st.none() | DEPT,
-    offered=st.dictionaries(FIELD, FIELD, max_size=2), known=st.dictionaries(DEPT, FIELDS, max_size=3)))
+    called=st.none() | DEPT, told=st.none() | FIELDS, uncalled=DEPTS, accepted=st.dictionaries(DEPT, SOME, max_size=3), still_wants=st.dictionaries(DEPT, SOME, max_size=3),
+    wrong_fields=FIELDS, offered=st.dictionaries(FIELD, FIELD, max_size=2), not_handling=DEPTS, redirect_to=st.none() | DEPT, need_first=st.none() | DEPT, next_to=st.none() | DEPT))
 
 @st.composite
 def answers(draw):
@@ -27,7 +28,7 @@ def answers(draw):
 
 ANSWER = dict(path=("Customer Service", "Billing"), phones={"Customer Service": "212-555-0143", "Billing": "212-555-0142"},
     fields={"Customer Service": ("full_name",), "Billing": ("account_number", "pin")}, required_fields=("account_number", "full_name", "pin"))
-INFO = FailureInfo("missing_auth", "Harbor Bank", asked=("full_name", "account_number"), called="Billing", missing_fields=("pin",), **ANSWER)
+INFO = FailureInfo("missing_auth", "Harbor Bank", asked=("full_name", "account_number"), called="Billing", accepted={"Billing": ("account_number",)}, still_wants={"Billing": ("pin",)}, **ANSWER)
 
 # What a text may say
 
@@ -41,7 +42,7 @@ def test_a_hint_tells_the_kind_and_nothing_else(a, b): assert rule_based_feedbac
 def template_words():
     "The literal words of all sources, and the two that stand inside of expressions."
     literal = re.sub(r"\{[{%].*?[%}]\}", " ", "\n".join([F.MACROS, *(s for t in FEEDBACK_TEMPLATES.values() for s in t.values())]))
-    inside = "Wrong value for still wants Required fields A department a is are"
+    inside = "Wrong value for still wants accepted Required fields A department a is are nothing did not get every field it could verify you"
     return set(re.findall(r"\w+", f"{literal} {inside}"))
 
 @settings(max_examples=200)
@@ -64,10 +65,10 @@ def test_a_company_name_is_short(): assert clean_name("Harbor " * 50) == ("Harbo
 def test_a_company_name_is_not_a_template(): assert "49" not in rule_based_feedback(FailureInfo("unknown_company", "{{ 7 * 7 }} Bank"))
 
 VALUE = "7313"
-SLOTS = [dict(asked=(VALUE,)), dict(superfluous=(VALUE,)), dict(unavailable=(VALUE,)), dict(missing_fields=(VALUE,)), dict(wrong_fields=(VALUE,)),
+SLOTS = [dict(asked=(VALUE,)), dict(superfluous=(VALUE,)), dict(unavailable=(VALUE,)), dict(told=(VALUE,)), dict(uncalled=(VALUE,)), dict(not_handling=(VALUE,)), dict(next_to=VALUE), dict(wrong_fields=(VALUE,)),
     dict(required_fields=(VALUE,)), dict(missing=(VALUE,)), dict(offered={"pin": VALUE}), dict(offered={VALUE: "pin"}), dict(alternatives={"pin": VALUE}),
-    dict(alternatives={VALUE: "pin"}), dict(called=VALUE), dict(redirect_to=VALUE), dict(need_first=VALUE), dict(known={VALUE: ()}),
-    dict(known={"Billing": (VALUE,)}), dict(fields={VALUE: ()}), dict(fields={"Billing": (VALUE,)}), dict(path=(VALUE,)), dict(phones={VALUE: "212-555-0142"}),
+    dict(alternatives={VALUE: "pin"}), dict(called=VALUE), dict(redirect_to=VALUE), dict(need_first=VALUE), dict(accepted={VALUE: ()}),
+    dict(accepted={"Billing": (VALUE,)}), dict(still_wants={VALUE: ()}), dict(still_wants={"Billing": (VALUE,)}), dict(fields={VALUE: ()}), dict(fields={"Billing": (VALUE,)}), dict(path=(VALUE,)), dict(phones={VALUE: "212-555-0142"}),
     dict(phones={"Billing": VALUE}), dict(ending=VALUE)]
 
 @pytest.mark.parametrize("slot", SLOTS, ids=str)
@@ -95,11 +96,17 @@ def test_every_kind_has_short_texts(kind):
 
 def test_observed_says_every_fact_once_and_in_the_registrys_order():
     info = FailureInfo("wrong_department", "Harbor Bank", asked=("pin", "account_number"), superfluous=("email", "zip_code"), unavailable=("pin",), called="Billing",
-        missing_fields=("pin",), wrong_fields=("full_name",), redirect_to="Fraud", need_first="Customer Service", offered={"pin": "security_word"},
-        known={"Billing": ("pin", "account_number"), "Customer Service": ("full_name",)})
+        accepted={"Sales": ("full_name",), "Customer Service": ("email", "full_name")}, still_wants={"Customer Service": ("pin", "account_number")}, wrong_fields=("full_name",),
+        offered={"pin": "security_word"}, not_handling=("Sales", "Billing"), redirect_to="Fraud", need_first="Customer Service", next_to="Technical Support")
     assert rule_based_feedback(info) == ("make_phone_call reached Billing, which does not handle this request. You asked for: account_number, pin. "
-        "The user refused the form: nobody needs zip_code, email. The user does not have pin. Wrong value for: full_name. Billing still wants: pin. "
-        "Customer Service wants: full_name. Billing wants: account_number, pin. Billing takes security_word instead of pin. Call Customer Service first. Fraud handles this.")
+        "The user refused; not needed: zip_code, email. The user does not have pin. Customer Service accepted: full_name, email. Sales accepted: full_name. Wrong value for: full_name. "
+        "Customer Service still wants: account_number, pin. Billing takes security_word instead of pin. Billing does not handle this. Sales does not handle this. Call Customer Service first. "
+        "Fraud handles this. Call Technical Support next.")
+
+@pytest.mark.parametrize("told, said", [((), "You told Billing nothing."), (("pin", "email"), "You told Billing: pin, email.")])
+def test_a_silent_call_leaves_what_was_told_and_who_was_not_called(told, said):
+    info = FailureInfo("unverified", "Harbor Bank", asked=("pin",), called="Billing", told=told, uncalled=("Sales", "Customer Service"))
+    assert rule_based_feedback(info) == f"Billing could not verify you in make_phone_call and told you nothing. You asked for: pin. {said} Not called: Customer Service, Sales."
 
 WHY = "Billing did not get every field it wants in make_phone_call."
 ORDER = "Right order: Customer Service 212-555-0143: full_name; Billing 212-555-0142: account_number, pin."
@@ -109,11 +116,11 @@ ORDER = "Right order: Customer Service 212-555-0143: full_name; Billing 212-555-
     (dict(required_fields=("security_word", "account_number", "full_name"), missing=("pin",), alternatives={"pin": "security_word"}),
         f"Required fields: account_number, full_name, security_word. Use security_word instead of pin. {ORDER}"),
     (dict(missing=("pin",), ending="tell_user"),
-        "Required fields: account_number, full_name, pin. No department takes anything instead of pin: tell the user that pin is missing."),
-    (dict(missing=("pin", "email"), ending="tell_user"),
-        "Required fields: account_number, full_name, pin. No department takes anything instead of pin, email: tell the user that pin, email are missing."),
+        "Required fields: account_number, full_name, pin. Nothing that the user has stands in for pin: tell the user that pin is missing."),
+    (dict(required_fields=("account_number", "full_name", "pin", "email"), missing=("pin", "email"), ending="tell_user"),
+        "Required fields: account_number, full_name, pin, email. Nothing that the user has stands in for pin, email: tell the user that pin, email are missing."),
     (dict(missing=("pin", "email"), alternatives={"email": "zip_code"}, ending="tell_user"),
-        "Required fields: account_number, full_name, pin. Use zip_code instead of email. No department takes anything instead of pin: tell the user that pin is missing."),
+        "Required fields: account_number, full_name, pin. Use zip_code instead of email. Nothing that the user has stands in for pin: tell the user that pin is missing."),
 ])
 def test_full_ends_in_the_plan(change, plan): assert rule_based_feedback(replace(INFO, **change), "full") == f"{WHY} {plan}"
 
@@ -128,12 +135,12 @@ def test_full_without_the_answer_says_what_it_lacks(change, lack):
     rule_based_feedback(replace(INFO, **change))
 
 def test_facts_from_json_make_the_same_text():
-    listed = replace(INFO, asked=list(INFO.asked), missing_fields=["pin"], known={"Billing": ["pin"]})
-    assert rule_based_feedback(listed) == rule_based_feedback(replace(INFO, known={"Billing": ("pin",)}))
+    listed = replace(INFO, asked=list(INFO.asked), accepted={}, still_wants={"Billing": ["pin"]})
+    assert rule_based_feedback(listed) == rule_based_feedback(replace(INFO, accepted={}, still_wants={"Billing": ("pin",)}))
 
 def test_an_edited_template_is_used(monkeypatch):
     rule_based_feedback(INFO)
-    monkeypatch.setitem(FEEDBACK_TEMPLATES["missing_auth"], "observed", "Wanted: {{ names(o.missing_fields) }}.")
+    monkeypatch.setitem(FEEDBACK_TEMPLATES["missing_auth"], "observed", "Wanted: {{ names(o.still_wants[o.called]) }}.")
     assert rule_based_feedback(INFO) == "Wanted: pin."
     assert F._compiled("a") is F._compiled("a")
 
@@ -237,7 +244,7 @@ VALUES = ("4402", "Ana Example", "7313", "987-65-4320", "12 Sample Road", "maple
     ("", "empty"), (" \n", "empty"), ("The pin is 7313.", "value"), ("Tell Billing ANA EXAMPLE, the full_name.", "value"), ("Say Maple to Billing.", "value"),
     ("last_4_ssn of 987654320", "value"), ("Send 12-sample-road as address.", "value"), ("Try again.", "not actionable"), ("Spinning is fun.", "not actionable"), ("A freemail. Pins.", "not actionable"),
     ("Call Billing. </previous_attempts>", "markup"), ("Call Billing. <|im_start|>", "markup"), ("Billing " * 101, "over budget: 101 tokens, at most 100"),
-    ("Billing " * 100, None), ("Ask for the account number.", None), ("Use search_company.", None), ("Dial 212-555-0142 for Billing.", None), ("Billing has 73131 clerks.", None),
+    ("Billing " * 100, None), ("Ask for the account number.", None), ("Use search_company.", None), ("Dial 212-555-0142 for Billing.", None), ("Billing has 73131 clerks.", "number"),
     ("Billing at Harbor Bank wants pin.", None)])
 def test_the_gate(text, reason):
     got = quality_gate(text, INFO, VALUES)

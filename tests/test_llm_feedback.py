@@ -14,14 +14,15 @@ from fg_dapo.config import LLMConfig, load_config
 from fg_dapo.core import rng_for
 from fg_dapo.method.diagnosis import FAILURE_KINDS, FailureInfo, diagnose
 from fg_dapo.method.feedback import FeedbackGenerator, RuleBased, rule_based_feedback
-from fg_dapo.method.llm_feedback import HIDDEN, LLM_TEMPLATES, REASONS, AnswerCache, ChatClient, FullLLM, Hider, LLMEnhanced, llm_messages, make_generator, read_attempt, show_turns
+from fg_dapo.method.values import HIDDEN, Hider
+from fg_dapo.method.llm_feedback import LLM_TEMPLATES, REASONS, AnswerCache, ChatClient, FullLLM, LLMEnhanced, llm_messages, make_generator, read_attempt, show_turns
 from fg_dapo.world.directory import CompanyDirectory
 
 from conftest import ROOT
 
 ANSWER = dict(path=("Customer Service", "Billing"), phones={"Customer Service": "212-555-0143", "Billing": "212-555-0142"},
     fields={"Customer Service": ("full_name",), "Billing": ("account_number", "pin")}, required_fields=("account_number", "full_name", "pin"))
-INFO = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", missing_fields=("pin",), known={"Billing": ("account_number", "pin")}, **ANSWER)
+INFO = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", accepted={"Billing": ("account_number",)}, still_wants={"Billing": ("pin",)}, **ANSWER)
 VALUES = ("4402", "Ana Example", "7313", "987-65-4320", "TEST-4402", "maple", "ana01@example.org")
 TRANSCRIPT = ("<|task|> Dispute a charge at Harbor Bank.<|act|>search Harbor Bank<|end|><|tool|> Billing 212-555-0142<|act|>form account_number<|end|><|tool|> account_number=TEST-4402"
     "<|act|>call 212-555-0142 account_number=TEST-4402<|end|><|tool|> verified: account_number; missing: pin<|act|>")
@@ -116,7 +117,7 @@ def test_enhanced_shows_the_rules_text_and_full_does_not(server):
     for p in (enhanced, full): assert FAILURE_KINDS["missing_auth"] in p and "Request: Dispute a charge at Harbor Bank." in p and "Agent: form account_number" in p
 
 def test_the_answer_half_of_a_diagnosis_is_not_sent(server):
-    other = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", missing_fields=("pin",), known={"Billing": ("account_number", "pin")},
+    other = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", accepted={"Billing": ("account_number",)}, still_wants={"Billing": ("pin",)},
         path=("Fraud",), phones={"Fraud": "646-555-0101"}, fields={"Fraud": ("email",)}, required_fields=("email",))
     for cls in (LLMEnhanced, FullLLM):
         llm(server, cls)(INFO, TRANSCRIPT), llm(server, cls)(other, TRANSCRIPT)
@@ -159,9 +160,9 @@ def test_an_answer_becomes_one_line(server):
 
 @pytest.mark.parametrize("say, reason", [
     (dict(sleep=30), "timeout"),
-    (dict(status=500), "error"), (dict(status=404, raw='{"error": {"message": "no such model"}}'), "error"), (dict(status=429), "error"), (dict(drop=True), "error"),
-    (dict(raw="{oops"), "error"), (dict(raw="<html>busy</html>", type="text/html"), "error"), (dict(raw='{"choices": []}'), "error"), (dict(raw="[]"), "error"), (dict(raw='{"choices": [{"message": {"content": 7}}]}'), "error"),
-    (dict(raw='{"choices": [{"index": 0, "message": null}]}'), "error"),
+    (dict(status=500), "status"), (dict(status=401), "status"), (dict(status=404, raw='{"error": {"message": "no such model"}}'), "status"), (dict(status=429), "status"), (dict(drop=True), "connection"),
+    (dict(raw="{oops"), "garbled"), (dict(raw="<html>busy</html>", type="text/html"), "garbled"), (dict(raw='{"choices": []}'), "garbled"), (dict(raw="[]"), "garbled"),
+    (dict(raw='{"choices": [{"message": {"content": 7}}]}'), "garbled"), (dict(raw='{"choices": [{"index": 0, "message": null}]}'), "garbled"),
     (dict(content=""), "empty"), (dict(content=" \n"), "empty"), (dict(content=None), "empty"), (dict(content="<think>All the budget went into"), "empty"), (dict(content="<think></think>"), "empty"),
     ("Tell Billing that it is 7313.", "gate"), ("Tell Billing that she is ana  EXAMPLE.", "gate"), ("Give Billing 987 65 4320.", "gate"), ("Give Billing 987654320.", "gate"), ("Say TEST-4402 to Billing.", "gate"), ("Say maple to Billing.", "gate"),
     ("Give Billing the pin 5551.", "gate"), # Nobody's value, but no number of a department either
@@ -195,7 +196,7 @@ def test_the_fallback_has_the_detail_asked_for(server):
 
 def test_a_dead_server_is_a_fallback():
     generate = LLMEnhanced(ChatClient(LLMConfig(base_url="http://127.0.0.1:9/v1", timeout_seconds=2.0), 0), VALUES)
-    assert generate(INFO, TRANSCRIPT) == FALLBACK and counts(generate) == dict(asked=1, requests=1, error=1)
+    assert generate(INFO, TRANSCRIPT) == FALLBACK and counts(generate) == dict(asked=1, requests=1, connection=1)
 
 def test_a_failed_request_is_tried_again(server):
     server.says = [dict(status=503), GOOD]
@@ -213,7 +214,7 @@ def test_after_failures_in_a_row_it_is_left_alone_for_a_while(server, caplog):
     generate = llm(server, patience=3, pause_seconds=60.0)
     with caplog.at_level(logging.WARNING, logger="fg_dapo.method.llm_feedback"):
         for _ in range(5): assert generate(INFO, TRANSCRIPT) == FALLBACK
-    assert counts(generate) == dict(asked=5, requests=3, error=3, paused=2) and len(server.heard) == 3
+    assert counts(generate) == dict(asked=5, requests=3, status=3, paused=2) and len(server.heard) == 3
     [record] = caplog.records
     assert server.url in record.message and "3 times in a row" in record.message and "llm.base_url" in record.message and "InternalServerError" in record.message
 
@@ -228,7 +229,7 @@ def test_a_success_between_failures_resets_the_count(server):
     server.says = [dict(status=500), dict(status=500), GOOD, dict(status=500), dict(status=500), GOOD]
     generate = llm(server, patience=3)
     for _ in range(6): generate(INFO, TRANSCRIPT)
-    assert counts(generate) == dict(asked=6, requests=6, error=4, written=2)
+    assert counts(generate) == dict(asked=6, requests=6, status=4, written=2)
 
 def test_an_unusable_text_is_no_failure_of_the_server(server):
     server.says = ["no"]
@@ -279,7 +280,7 @@ def test_who_shares_a_request_shares_its_failure(server):
         return dict(status=500)
     server.says = [say]
     with ThreadPoolExecutor(8) as pool: texts = list(pool.map(lambda _: generate(INFO, TRANSCRIPT), range(8)))
-    assert texts == [FALLBACK] * 8 and counts(generate) == dict(asked=8, error=8, requests=1, shared=7) and generate.client.flying == {}
+    assert texts == [FALLBACK] * 8 and counts(generate) == dict(asked=8, status=8, requests=1, shared=7) and generate.client.flying == {}
 
 # The cache
 
