@@ -53,7 +53,7 @@ class Known:
             self.path += [to] * (to not in self.path)
         if facts["told"] is not None: self.useless.setdefault(called, set()).update(facts["told"])
         elif to: pass
-        elif first := facts["need_first"]:
+        elif (first := facts["need_first"]) and first != called:
             rest = [d for d in self.path if d not in (first, called)]
             at = self.path.index(called) if called in self.path else len(rest)
             self.path = [*rest[:at], first, called, *rest[at:]]
