@@ -168,7 +168,7 @@ class Hider:
         numbers = [m.span() for m in _NUMBER.finditer(text)]
         def is_part(s): return any(a <= s[0] and s[1] <= b for a, b in kept) or any(a <= s[0] and s[1] <= b and s != (a, b) for a, b in numbers)
         words = tokens(text)
-        found = [*self._known(words), *_long_numbers([t for t in words if not is_part((t.start, t.end))]), *self._encoded(text)]
+        found = [*self._known(words), *self._spelled(words), *_long_numbers([t for t in words if not is_part((t.start, t.end))]), *self._encoded(text)]
         def is_value(x): return x and x.strip().casefold() not in _NOT_HAD and not PHONE.fullmatch(x.strip()) # `phone_number` is also what make_phone_call dials
         given = [m.span(i) for m in _GIVEN.finditer(text) for i in (1, 2) if is_value(m.group(i))]
         return _merged([s for s in found if not is_part(s)] + given)
@@ -217,6 +217,18 @@ def _known(self:Hider, words:list[Token])->Iterator[tuple[int, int]]:
                 glued += read[j]
                 if len(glued) > self.longest or (len(glued) > 1 and glued[:2] not in self.starts): break
                 if glued in self.glued: yield words[i].start, words[j].end
+
+@patch
+def _spelled(self:Hider, words:list[Token])->Iterator[tuple[int, int]]:
+    "Letters one by one that spell a value, with two words between them at most."
+    letters = [(i, t) for i, t in enumerate(words) if len(t.word) == 1]
+    for first in range(len(letters)):
+        spelled = ""
+        for k in range(first, len(letters)):
+            if k > first and letters[k][0] - letters[k - 1][0] > 3: break
+            spelled += letters[k][1].word
+            if len(spelled) > self.longest or (len(spelled) > 1 and spelled[:2] not in self.starts): break
+            if len(spelled) > 2 and spelled in self.glued: yield letters[first][1].start, letters[k][1].end
 
 @patch
 def _encoded(self:Hider, text:str)->Iterator[tuple[int, int]]:
