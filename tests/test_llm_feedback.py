@@ -1,5 +1,5 @@
 "Feedback of a language model, over real HTTP: what leaves the process, what comes back, and all the ways in which nothing usable does."
-import asyncio, json, logging, socket, sqlite3, string, subprocess, sys, threading, time
+import asyncio, gzip, json, logging, re, signal, socket, sqlite3, string, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +15,7 @@ from fg_dapo.core import rng_for
 from fg_dapo.method.diagnosis import FAILURE_KINDS, FailureInfo, diagnose
 from fg_dapo.method.feedback import FeedbackGenerator, RuleBased, rule_based_feedback
 from fg_dapo.method.values import HIDDEN, Hider
-from fg_dapo.method.llm_feedback import LLM_TEMPLATES, REASONS, AnswerCache, ChatClient, FullLLM, LLMEnhanced, llm_messages, make_generator, read_attempt, show_turns
+from fg_dapo.method.llm_feedback import LLM_TEMPLATES, REASONS, AnswerCache, ChatClient, FullLLM, LLMEnhanced, in_parallel, llm_messages, make_generator, read_attempt, show_turns
 from fg_dapo.world.directory import CompanyDirectory
 
 from conftest import ROOT
@@ -47,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
             with s.lock: s.now -= 1
     def answer(self, say, body):
         if isinstance(say, str): say = dict(content=say)
+        if "send" in say: return say["send"](self)
         if "sleep" in say: self.server.stop.wait(say["sleep"])
         if say.get("drop"):
             self.close_connection = True
@@ -57,8 +58,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(say.get("status", 200))
         self.send_header("Content-Type", say.get("type", "application/json"))
         self.send_header("Content-Length", str(len(raw)))
+        for name, value in say.get("headers", {}).items(): self.send_header(name, value)
         self.end_headers()
         self.wfile.write(raw)
+    def do_GET(self): self.server.heard.append((self.path, self.headers, None))
     def log_message(self, *args): pass
 
 class Server(ThreadingHTTPServer):
@@ -236,6 +239,144 @@ def test_an_unusable_text_is_no_failure_of_the_server(server):
     generate = llm(server, patience=2)
     for _ in range(4): generate(INFO, TRANSCRIPT)
     assert counts(generate) == dict(asked=4, requests=4, gate=4)
+
+# A server that is anything but a language model
+
+def drip(body, seconds=.1):
+    "One byte at a time: of the body, or of the headers already."
+    def send(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n" if body else b"X-Slow: "))
+        while not handler.server.stop.wait(seconds): handler.wfile.write(b" " if body else b"x")
+    return dict(send=send)
+
+def flood(told, packed=False):
+    "30 megabytes, with their length in the headers or without; or a small packed body."
+    def send(handler):
+        raw = gzip.compress(b" " * 3_000_000) if packed else b" " * 30_000_000
+        head = [b"HTTP/1.1 200 OK", b"Content-Type: application/json", b"Content-Encoding: gzip" if packed else b"X: y", f"Content-Length: {len(raw)}".encode() if told else b"Connection: close"]
+        handler.close_connection = True
+        handler.wfile.write(b"\r\n".join(head) + b"\r\n\r\n" + raw)
+    return dict(send=send)
+
+PAGE = "<!doctype html><html><body>Ask for pin.</body></html>"
+
+@pytest.mark.parametrize("say, reason", [
+    (drip(True), "timeout"), (drip(False), "timeout"), (dict(sleep=30), "timeout"),
+    (dict(status=429, headers={"Retry-After": "50"}), "status"), (dict(status=429, headers={"Retry-After": "Fri, 31 Dec 2099 23:59:59 GMT"}), "status"), (dict(status=503, headers={"retry-after-ms": "50000"}), "status"),
+    (dict(status=401), "status"), (dict(status=404), "status"), (flood(True), "flood"), (flood(False), "flood"), (flood(True, packed=True), "flood"),
+    (dict(raw=PAGE, type="text/html"), "garbled"), (dict(raw=PAGE), "garbled"), (dict(drop=True), "connection"),
+    (dict(status=307, headers={"Location": "/v1/elsewhere"}), "redirect"), (dict(status=302, headers={"Location": "/v1/elsewhere"}), "redirect"),
+], ids=["drip", "drip headers", "hang", "retry after", "retry at", "retry ms", "401", "404", "30 MB", "30 MB untold", "packed", "page", "page as json", "drop", "307", "302"])
+def test_a_bad_server_costs_at_most_the_timeout_and_is_counted(server, say, reason):
+    server.says, generate = [say], llm(server, timeout_seconds=2.0, max_retries=1)
+    start = time.monotonic()
+    assert generate(INFO, TRANSCRIPT) == FALLBACK
+    assert time.monotonic() - start < 2.8
+    assert counts(generate) == {"asked": 1, "requests": 1, reason: 1}
+
+def test_a_redirect_carries_the_transcript_to_no_other_host(server):
+    other = Server(("127.0.0.1", 0), Handler)
+    other.heard, other.says, other.lock, other.now, other.most, other.stop = [], [GOOD], threading.Lock(), 0, 0, threading.Event()
+    threading.Thread(target=other.serve_forever, kwargs=dict(poll_interval=.01), daemon=True).start()
+    for status in (301, 302, 303, 307, 308):
+        server.says = [dict(status=status, headers={"Location": f"http://127.0.0.1:{other.server_port}/v1/chat/completions"})]
+        assert llm(server, max_retries=1)(INFO, TRANSCRIPT) == FALLBACK
+    assert other.heard == []
+    other.shutdown()
+    other.server_close()
+
+def test_a_proxy_of_the_environment_gets_nothing(server, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"): monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert llm(server)(INFO, TRANSCRIPT) == GOOD
+
+def test_a_short_retry_after_is_honoured(server):
+    server.says = [dict(status=429, headers={"Retry-After": "0.05"}), GOOD]
+    assert llm(server, max_retries=1)(INFO, TRANSCRIPT) == GOOD
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_hung_request_at_once(server, signal_name):
+    server.says = [dict(sleep=60)]
+    code = f"""
+import signal
+from fg_dapo.config import LLMConfig
+from fg_dapo.method.diagnosis import FailureInfo
+from fg_dapo.method.llm_feedback import ChatClient, LLMEnhanced
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+generate = LLMEnhanced(ChatClient(LLMConfig(base_url={server.url!r}, timeout_seconds=60.0), 0))
+generate(FailureInfo("gave_up", "Harbor Bank"), {TRANSCRIPT!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    until(lambda: server.heard, 60)
+    start = time.monotonic()
+    process.send_signal(getattr(signal, signal_name))
+    assert process.wait(10) != 0 and time.monotonic() - start < 3
+
+def test_a_wave_of_failures_is_written_at_the_same_time_and_in_order(server):
+    def say(body): return dict(content=f"Ask for pin, {re.search('Harbor Bank ([a-z]+)', body['messages'][1]['content'])[1]}.", sleep=.25)
+    server.says = [say]
+    serial, wave = llm(server), llm(server)
+    start = time.monotonic()
+    together = in_parallel(lambda i: wave(INFO, attempt(i)), range(32), wave.workers)
+    took = time.monotonic() - start
+    assert took < 32 * .25 / 4 and together == in_parallel(lambda i: serial(INFO, attempt(i)), range(32), 1)
+    assert len(set(together)) == 32 and counts(wave) == counts(serial) == dict(asked=32, written=32, requests=32)
+
+def test_what_fails_in_parallel_is_raised_and_nothing_more_is_begun():
+    begun = []
+    def work(i):
+        begun.append(i)
+        time.sleep(.02)
+        if i == 3: raise ValueError("three")
+    with pytest.raises(ValueError, match="three"): in_parallel(work, range(200), 4)
+    assert len(begun) < 100
+
+DISGUISED = ["4 4 0 2", "4-4-0-2", "4\u200b4\u200b0\u200b2", "four four zero two", "forty-four zero two", "NDQwMg==", "34 34 30 32", "\uff14\uff14\uff10\uff12", "2044"]
+
+@pytest.mark.parametrize("said", DISGUISED)
+@pytest.mark.parametrize("cls", [LLMEnhanced, FullLLM])
+def test_a_disguised_value_is_neither_sent_nor_shown(server, said, cls):
+    server.says = [f"Ask for pin and say {said} to Billing."]
+    generate = cls(ChatClient(LLMConfig(base_url=server.url), 0), ["4402", "maple"])
+    assert generate(INFO, TRANSCRIPT.replace("search Harbor Bank<", f"I say {said} now. search Harbor Bank<")) == FALLBACK
+    assert said not in prompts(server)[0] and counts(generate) == dict(asked=1, requests=1, gate=1)
+
+@pytest.mark.parametrize("text", ["Do nothing about pin, it is a waste.", "Fraud wants: pin.", "Call Fraud next.", "Billing does not handle this.", "Billing wants the email address."])
+def test_advice_against_the_facts_is_not_shown(server, text):
+    server.says, generate = [text], llm(server)
+    assert generate(INFO, TRANSCRIPT) == FALLBACK and counts(generate) == dict(asked=1, requests=1, gate=1)
+
+def test_the_warning_holds_no_control_characters(server, caplog):
+    server.says = [dict(status=500, raw='{"error": {"message": "\\u001b[31mred\\u0007"}}')]
+    generate = llm(server, patience=1)
+    with caplog.at_level(logging.WARNING, logger="fg_dapo.method.llm_feedback"): generate(INFO, TRANSCRIPT)
+    assert "red" in caplog.records[0].message and not any(c in caplog.records[0].message for c in "\x1b\x07")
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    from fg_dapo.engines.local import Trainer
+    overrides = [f"data.folder={ROOT / 'data'}", f"policy.checkpoint={ROOT / 'data/tiny'}", "train.rollouts=4", "train.tasks_per_step=8", "algorithm.feedback_guidance.start_rollout=2", "algorithm.feedback_guidance.wave_sizes=[2]"]
+    return Trainer(load_config(None, overrides), tmp_path_factory.mktemp("run"))
+
+def collected(trainer, generate):
+    from fg_dapo.engines.local import collect
+    return [(s.group, s.position, s.rollout.ids, s.result["feedback"], s.guided) for s in collect(trainer.sampler, trainer.scenarios[:8], trainer.config, 0, generate=generate)]
+
+def test_the_local_engine_writes_a_wave_at_the_same_time_and_gets_the_same(server, trainer, monkeypatch):
+    from fg_dapo.engines import local
+    server.says = [dict(content="Ask for the needed fields with auth_info_form.", sleep=.1)]
+    together = collected(trainer, llm(server, timeout_seconds=30.0))
+    at_once = server.most
+    monkeypatch.setattr(local, "in_parallel", lambda work, items, workers: [work(x) for x in items])
+    assert collected(trainer, llm(server, timeout_seconds=30.0)) == together
+    assert at_once >= 4 and any(guided for *_, guided in together) and any(f for _, _, _, f, _ in together)
+
+def test_the_local_engine_goes_on_when_a_server_drips(server, trainer):
+    server.says, generate = [drip(True)], llm(server, timeout_seconds=1.0)
+    start = time.monotonic()
+    rows = collected(trainer, generate)
+    assert len(rows) == 32 and all(f is None or "drip" not in f for *_, f, _ in rows) and time.monotonic() - start < 30
+    stats = counts(generate)
+    assert stats["timeout"] >= 1 and stats["asked"] == stats["timeout"] + stats.get("paused", 0)
 
 # Many at once
 

@@ -175,10 +175,10 @@ def failure_reason(
     "Why a request failed."
     from openai import APIConnectionError, APIStatusError, APITimeoutError
     from fg_dapo.method.bounded_http import Flood
+    if isinstance(error, Flood) or isinstance(error.__cause__, Flood): return "flood"
     if isinstance(error, (TimeoutError, APITimeoutError)): return "timeout"
     if isinstance(error, APIStatusError): return "redirect" if 300 <= error.status_code < 400 else "status"
-    if isinstance(error, APIConnectionError): return "flood" if isinstance(error.__cause__, Flood) else "connection"
-    return "garbled"
+    return "connection" if isinstance(error, APIConnectionError) else "garbled"
 
 @patch
 async def _request(self:ChatClient, messages)->tuple[str, bool]:
