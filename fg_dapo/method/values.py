@@ -59,14 +59,18 @@ def digits_of_words(
     words:list[str], # Number words in a row, `hundred` and `thousand` among them
 )->str: # The digits they spell
     "Number words as digits, one after the other."
-    out, current = [], None # `current` is a number that may still grow
+    out, thousands, current = [], None, None # `thousands` and `current` are a number that may still grow
+    def flush():
+        if thousands is not None or current is not None: out.append(str((thousands or 0) + (current or 0)))
     for word in words:
-        if word in _BIG: current = (current or 1) * _BIG[word]
-        elif current is not None and _grows(current, NUMBER_WORDS[word]): current += NUMBER_WORDS[word]
+        if word == "thousand" and thousands is None: thousands, current = (current or 1) * 1000, None
+        elif word == "hundred" and (current or 1) < 100: current = (current or 1) * 100
+        elif word in NUMBER_WORDS and (current is None or _grows(current, NUMBER_WORDS[word])): current = (current or 0) + NUMBER_WORDS[word]
         else:
-            if current is not None: out.append(str(current))
-            current = NUMBER_WORDS[word]
-    return "".join([*out, "" if current is None else str(current)])
+            flush()
+            thousands, current = None, NUMBER_WORDS.get(word, _BIG.get(word))
+    flush()
+    return "".join(out)
 
 def _grows(current:int, n:int)->bool:
     "Whether a number word goes on with the number before it: forty-three, two hundred and six."
