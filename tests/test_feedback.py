@@ -1,5 +1,5 @@
 "Feedback: what a text may say, that it fits its budget, and what the control arms get."
-import base64, re, subprocess, sys
+import base64, inspect, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,13 +329,16 @@ def some_episodes(s, rng):
             if e.success: break
             known.learn(visible(diagnose(e)))
 
+VERSIONED = "version" in inspect.signature(random_scenario).parameters # Rules of the world: version 1 tells an unverified caller what is missing, version 2 does not
+
 def some_failures(n, *keys):
-    "Failing episodes: at random companies and in two worlds of each kind, a third with a hostile name, difficult users among them."
-    worlds = [generate_world(seed, kind).scenarios("val") for kind in ("standard", "easy") for seed in (5, 6)]
+    "Failing episodes: at random companies and in two worlds of each kind, of every version, a third with a hostile name, difficult users among them."
+    def of(version): return dict(version=version) if VERSIONED else {}
+    worlds = [generate_world(seed, kind, **of(seed - 4)).scenarios("val") for kind in ("standard", "easy") for seed in (5, 6)]
     i = 0
     while n > 0:
         rng, i = rng_for(i, "failures", *keys), i + 1
-        s = random_scenario(rng) if i % 2 else rng.choice(worlds[i // 2 % 4])
+        s = random_scenario(rng, **of(rng.choice((1, 2)))) if i % 2 else rng.choice(worlds[i // 2 % 4])
         if i % 3 == 0: s = with_name(s, rng.choice(HOSTILE))
         for e in some_episodes(s, rng):
             if (info := diagnose(e)) is None or n <= 0: continue

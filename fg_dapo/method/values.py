@@ -163,31 +163,34 @@ class Hider:
         self.longest = max(map(len, self.glued), default=0)
         self.starts = {w[:2] for w in self.glued}
 
-    def spans(self,
-        text:str,
-        keep:Collection[str]=(), # What is no value even if a value stands in it: the company's name, its numbers
-    )->list[tuple[int, int]]: # In order; none overlap
-        "Where values stand in a text."
-        kept = [m.span() for k in keep if k for m in re.finditer(re.escape(k), text)]
-        numbers = [m.span() for m in _NUMBER.finditer(text)]
-        def is_part(s): return any(a <= s[0] and s[1] <= b for a, b in kept) or any(a <= s[0] and s[1] <= b and s != (a, b) for a, b in numbers)
-        words = tokens(text)
-        found = [*self._known(words), *self._spelled(words), *_long_numbers([t for t in words if not is_part((t.start, t.end))]), *self._encoded(text)]
-        def is_value(x): return x and x.strip().casefold() not in _NOT_HAD and not PHONE.fullmatch(x.strip()) # `phone_number` is also what make_phone_call dials
-        given = [m.span(i) for m in _GIVEN.finditer(text) for i in (1, 2) if is_value(m.group(i))]
-        return _merged([s for s in found if not is_part(s)] + given)
+# %% ../../nbs/method/12_values.ipynb #a1d3f0c2
+@patch
+def spans(self:Hider,
+    text:str,
+    keep:Collection[str]=(), # What is no value even if a value stands in it: the company's name, its numbers
+)->list[tuple[int, int]]: # In order; none overlap
+    "Where values stand in a text."
+    kept = [m.span() for k in keep if k for m in re.finditer(re.escape(k), text)]
+    numbers = [m.span() for m in _NUMBER.finditer(text)]
+    def is_part(s): return any(a <= s[0] and s[1] <= b for a, b in kept) or any(a <= s[0] and s[1] <= b and s != (a, b) for a, b in numbers)
+    words = tokens(text)
+    found = [*self._known(words), *self._spelled(words), *_long_numbers([t for t in words if not is_part((t.start, t.end))]), *self._encoded(text)]
+    def is_value(x): return x and x.strip().casefold() not in _NOT_HAD and not PHONE.fullmatch(x.strip()) # `phone_number` is also what make_phone_call dials
+    given = [m.span(i) for m in _GIVEN.finditer(text) for i in (1, 2) if is_value(m.group(i))]
+    return _merged([s for s in found if not is_part(s)] + given)
 
-    def hide(self,
-        text:str,
-        keep:Collection[str]=(), # As in `spans`
-    )->tuple[str, set[str]]: # The text with `[value]` in their places, and what stood there
-        "Replace users' values."
-        out, end, found = [], 0, set()
-        for a, b in self.spans(text, keep):
-            out += [text[end:a], HIDDEN]
-            found.add(text[a:b].strip())
-            end = b
-        return "".join(out) + text[end:], found
+@patch
+def hide(self:Hider,
+    text:str,
+    keep:Collection[str]=(), # As in `spans`
+)->tuple[str, set[str]]: # The text with `[value]` in their places, and what stood there
+    "Replace users' values."
+    out, end, found = [], 0, set()
+    for a, b in self.spans(text, keep):
+        out += [text[end:a], HIDDEN]
+        found.add(text[a:b].strip())
+        end = b
+    return "".join(out) + text[end:], found
 
 # %% ../../nbs/method/12_values.ipynb #566f84e0
 def _merged(spans:list[tuple[int, int]])->list[tuple[int, int]]:
