@@ -110,7 +110,7 @@ def call_of(
         if isinstance(arguments, str) and isinstance(inner := json.loads(arguments), dict): arguments = inner
     except (ValueError, RecursionError): pass # It stays a string, and the tool says that it wants an object
     try: json.dumps([written["name"], arguments], ensure_ascii=False).encode() # Half a surrogate pair can be escaped in JSON, but not written
-    except (ValueError, RecursionError): return _unread("the call is not valid JSON: it cannot be read")
+    except (ValueError, RecursionError): return _unread("the call holds something that cannot be written as JSON")
     return ToolCall(written["name"], arguments)
 
 # %% ../../nbs/agent/30_chat.ipynb #c1ea000b
@@ -143,10 +143,13 @@ _ATTEMPT = re.compile(rf"""["'](?:arguments|parameters)["']\s*:  # A call's obje
 @patch
 def parse(self:HermesChat, text:str)->Turn:
     "What the model wrote, as a turn; whatever cannot be read becomes a call with an error."
-    words, calls, thinking = outside_thoughts(clean(text.removesuffix(self.stop)), call_at)
+    text = clean(text.removesuffix(self.stop))
+    words, calls, thinking = outside_thoughts(text, call_at)
     if calls: return Turn(words, tuple(calls))
-    if not words and thinking: return Turn("", (_unread("the thought is not closed: write </think>, then a call or a last word for the user"),))
-    if not words: return Turn("", (_unread(f"nothing was said: {HOW_TO_CALL}, or a last word for the user"),))
+    if not text.strip(): return Turn() # The end, with nothing said
+    if not words:
+        why = "the thought is not closed: write </think>" if thinking else "nothing was said but a thought: go on"
+        return Turn("", (_unread(f"{why}, then {HOW_TO_CALL}, or a last word for the user"),))
     alone = _unfenced(re.sub(r"\A< \|python_tag\|>", "", words))
     try: written = json.loads(alone) if alone.startswith("{") else None
     except (ValueError, RecursionError): written = None
