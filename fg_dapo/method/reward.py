@@ -50,7 +50,7 @@ def score_of(
 
 # %% ../../nbs/method/30_reward.ipynb #7571820d
 def replay_transcript(
-    text:str, # What the agent wrote and read, with or without the prompt
+    text:str|list[str], # What the agent wrote and read, with or without the prompt; or its own turns alone, without stop tokens
     scenario:Scenario,
     chat:str="compact", # The chat format it is written in
     directory:CompanyDirectory|None=None, # All companies; only the task's own when left out, which changes no score
@@ -58,7 +58,7 @@ def replay_transcript(
 )->Episode: # Finished
     "Play the agent's turns again."
     fmt, episode = chat_format(chat, limits.multi_turn), Episode(scenario, directory, limits)
-    for turn in agent_turns(text, fmt):
+    for turn in agent_turns(text, fmt) if isinstance(text, str) else text:
         if episode.done: break
         episode.act(fmt.parse(turn))
     episode.stop()
