@@ -182,7 +182,7 @@ def test_a_cold_filter_needs_two_cold_rows():
     assert "one cold row always does" in errors("algorithm.filter_on=cold", f"{top}.start_rollout=1")[0]
     load_config(None, ["algorithm.filter_on=cold", f"{top}.start_rollout=1", f"{top}.enable=false"])
 
-@pytest.mark.parametrize("text, words", [("seed: 1\nseed: 2", "is there twice"), ("seed: [1", "not YAML"), ("- 1", "expected `key: value`"), ("train:\n  steps: 1\n  steps: 2", "line 3")])
+@pytest.mark.parametrize("text, words", [("seed: 1\nseed: 2", "is there twice"), ("seed: [1", "not YAML"), ("- 1", "expected `key: value`"), ("train:\n  steps: 1\n  steps: 2", "c.yaml:3: 'train.steps' is there twice, first in line 2")])
 def test_a_broken_file_is_named(tmp_path, text, words):
     (tmp_path / "c.yaml").write_text(text)
     found = errors(path=tmp_path / "c.yaml")
