@@ -476,7 +476,7 @@ def parse_override(
     "One override as nested settings."
     key, eq, value = text.partition("=")
     parts = key.strip().split(".")
-    if not eq or not all(parts): raise ConfigError([f"override {text!r} is not of the form section.key=value, such as train.steps=10"])
+    if not eq or not all(parts) or not key.isprintable(): raise ConfigError([f"override {text!r} is not of the form section.key=value, such as train.steps=10"])
     value, _ = _read(value.strip(), f"override {text!r}", numbered=False)
     for p in reversed(parts): value = {p: value}
     return value

@@ -89,8 +89,8 @@ def test_wrong_arguments_name_the_value_and_the_way_out(empty, args, words):
     assert not (empty / "runs" / "train").exists()
 
 def test_a_missing_model_is_refused_before_torch_is_imported(empty):
-    (empty / "data").mkdir()
-    code = "import sys\nfrom fg_dapo.cli import app\ntry: app(['train'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    (empty / "data").symlink_to(ROOT / "data")
+    code = "import sys\nfrom fg_dapo.cli import app\ntry: app(['train', '--set', 'policy.checkpoint=none'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert r.stdout.strip() == "1 False" and "policy.checkpoint" in r.stderr and "fg-dapo warmstart" in r.stderr
 
@@ -143,6 +143,12 @@ def test_export_copies_the_policy_and_nothing_else(tmp_path, raw_policy):
     (OSError(errno.ENOSPC, "could not write a.json: No space left on device"), ["could not write a.json: No space left on device"]),
     (ModuleNotFoundError("No module named 'torch'", name="torch"), ["torch is not installed; pip install 'fg_dapo[local]', or make env in a checkout"]),
     (ModuleNotFoundError("No module named 'fg_dapo.x'", name="fg_dapo.x"), None),
+    (ModuleNotFoundError("No module named 'hydra.core'", name="hydra.core"), ["hydra is not installed; pip install 'fg_dapo[verl-cpu]' (verl-gpu on a machine with GPUs), or make env-dev in a checkout"]),
+    (ModuleNotFoundError("No module named 'openai'", name="openai"), ["openai is not installed; pip install 'fg_dapo[llm]', or make env-dev in a checkout"]),
+    (ModuleNotFoundError("No module named 'strange'", name="strange"), ["strange is not installed; pip install strange"]),
+    (ImportError("feedback needs openai: pip install 'fg_dapo[llm]'"), ["feedback needs openai: pip install 'fg_dapo[llm]'"]),
+    (ImportError("libcuda.so.1: cannot open shared object file", name="torch"), ["a package does not work here: libcuda.so.1: cannot open shared object file"]),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "invalid start byte"), None),
 ])
 def test_which_errors_are_the_users(error, lines):
     assert explain(error) == lines
@@ -160,9 +166,17 @@ def test_traceback_shows_it(monkeypatch):
     broken(monkeypatch, ValueError("one"))
     with pytest.raises(ValueError, match="one"): ask("--traceback", "config")
 
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
-    broken(monkeypatch, TypeError("ours"))
-    with pytest.raises(TypeError): ask("config")
+@pytest.mark.parametrize("error", [TypeError("ours"), KeyError(3), AssertionError(), RecursionError("deep\ndeep"), MemoryError(), ZeroDivisionError("division by zero"), RuntimeError("\x1b[31mred \ud800"),
+    UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)"), AttributeError("'NoneType' object has no attribute 'x'"), ModuleNotFoundError("No module named 'fg_dapo.x'", name="fg_dapo.x")], ids=lambda e: type(e).__name__)
+def test_a_defect_is_one_line_that_says_where_its_traceback_is(monkeypatch, tmp_path, error):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    broken(monkeypatch, error)
+    for n in (1, 2): # The second file does not replace the first
+        code, said = ask("config")
+        kept = Path(said.strip().rpartition(" ")[2])
+        assert code == 1 and said.count("\n") == 1 and said.startswith(f"error: {type(error).__name__}") and "Traceback" not in said and "\x1b" not in said
+        assert len(list(tmp_path.iterdir())) == n and kept.parent == tmp_path and "Traceback (most recent call last)" in kept.read_text() and "load_config" in kept.read_text()
+    with pytest.raises(type(error)): ask("--traceback", "config")
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch):
     broken(monkeypatch, KeyboardInterrupt())
@@ -370,6 +384,7 @@ if stage == "train": synthetic_run(out, arm, steps=4)
 def stand_in(empty, monkeypatch):
     "An empty folder with data and a model, and a trainer that invents its numbers."
     (empty / "data").mkdir()
+    for f in (ROOT / "data").glob("*.json*"): (empty / "data" / f.name).write_bytes(f.read_bytes())
     model(empty / "data" / "tiny")
     def start(job, stage): return subprocess.Popen([sys.executable, "-c", STAND_IN, stage, job.config.arm, str(job.out)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     monkeypatch.setattr(demo, "start", start)

@@ -111,6 +111,9 @@ def _lines(path, text):
     got = Rows()
     for n, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
+        if "\r" in line.removesuffix("\r"):
+            got.errors.append(f"{path}:{n}: row: holds a carriage return, which ends the line for some readers; write one row a line")
+            continue
         try: got.rows.append((f"{path}:{n}", parse_json(line, f"{path}:{n}")))
         except ValueError as e: got.errors.append(str(e))
     return got
@@ -418,6 +421,7 @@ def check_folder(
     digest = hashlib.sha256(str(Path(folder).resolve()).encode())
     for path in paths.values(): digest.update(path.read_bytes() if path.is_file() else b"none")
     if digest.digest() in _FINE: return
+    if absent := [path.name for path in paths.values() if not path.exists()]: raise DataError([f"{folder}: no {', '.join(absent)}; fg-dapo data --out {folder} writes all five"])
     errors = validate_files(paths["companies"], paths["users"], [paths[s] for s in SPLIT_OF.values()])
     if not errors: return _FINE.add(digest.digest())
     rest = len(errors) - most
