@@ -1,13 +1,14 @@
 """Files and settings, damaged at random: refused with the place, or taken and then playable; never a traceback, and nothing overwritten."""
 import dataclasses, hashlib, json, os, random, re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
 from fg_dapo.agent.scripted import oracle, play
 from fg_dapo.cli import app
-from fg_dapo.config import RunConfig, check_config, dump, keys, load_config, merge
+from fg_dapo.config import ConfigError, RunConfig, check_config, dump, keys, load_config, merge
 from fg_dapo.core import rng_for, write_json, write_jsonl
 from fg_dapo.world.directory import CompanyDirectory
 from fg_dapo.world.records import FILES, Task, World, load_world, save_world
@@ -225,8 +226,22 @@ WORDS = ("~", "null", "", "true", "no", "on", "off", "0", "-1", "1", "2", "010",
     "compact", "hermes", "verl", "local", "none", "replay", "strip", "gated", "shaped", "cold", "muon", "full", "hint", "shuffled", "empty", "cuda", "x" * 3000, "é", "\ud800", "\x00", "\x1b[31m", "\u2028", "0.5", "0.3", "4", "16", "64", "1e-3")
 LEAVES = sorted(keys())
 
+def a_likely_override(rng):
+    "One `key=value` that a person might well write; not all of them go together."
+    key = rng.choice(LEAVES)
+    section, _, name = key.rpartition(".")
+    holder = RunConfig()
+    for part in section.split(".") if section else []: holder = getattr(holder, part)
+    value, options = getattr(holder, name), [x for x in get_args(type(holder).model_fields[name].annotation) if isinstance(x, str)]
+    if options: return f"{key}={rng.choice(options)}"
+    if isinstance(value, bool): return f"{key}={rng.choice(['true', 'false'])}"
+    if isinstance(value, int): return f"{key}={rng.choice([1, 2, 3, 4, 8, 16, 100, 600])}"
+    if isinstance(value, float): return f"{key}={rng.choice([.05, .1, .3, .5, 1.0, 2.0, 1e-3])}"
+    return f"{key}={dict(wave_sizes='[1]', log='[jsonl]', arm='mine').get(name, 'null' if value is None else value)}"
+
 def an_override(rng):
     "One `key=value`, mostly of a key that is there."
+    if rng.random() < .5: return a_likely_override(rng)
     key = rng.choice(LEAVES)
     odd = [key.rpartition(".")[2], key.rpartition(".")[0], key + ".x", key.upper(), key[:-1], f" {key} ", key.replace(".", ".."), "", ".", "x" * 500, "é", "\ud800", "train", "<<"]
     key = key if rng.random() < .85 else rng.choice(odd)
@@ -331,9 +346,14 @@ def test_what_was_taken_trains(case, raw_policy, few, tmp_path):
         fine = not validate_files(folder / FILES["companies"], folder / FILES["users"], [folder / FILES[s] for s in ("train", "val", "test")])
         if fine: break
     assert fine
-    modes = ("replay", "none", "shaped", "gated")
-    small = ["train.steps=1", "train.tasks_per_step=2", "train.rollouts=4", "train.eval_every=1", "train.eval_tasks=2", "train.threads=1", "limits.max_new_tokens=12", "limits.tool_calls=3", "algorithm.transfer.updates=1", "algorithm.transfer.rows=4",
-        f"algorithm.transfer.mode={modes[case]}", f"train.temperature={rng.choice([0.05, 0.5, 20])}", f"seed={rng.choice([0, 2**32 - 1])}", f"algorithm.feedback_guidance.content={rng.choice(['real', 'shuffled', 'foreign', 'empty'])}"]
+    for attempt in range(100):
+        likely = [a_likely_override(rng_for(2, "train", case, attempt, n)) for n in range(4)]
+        if any(x.startswith(("engine", "train.log", "algorithm.feedback_guidance.use_llm")) for x in likely): continue
+        try: load_config(None, [*likely, f"algorithm.transfer.mode={('replay', 'none', 'shaped', 'gated')[case]}"])
+        except ConfigError: continue
+        break
+    small = [*likely, "train.steps=1", "train.tasks_per_step=2", "train.rollouts=4", "train.eval_every=1", "train.eval_tasks=2", "train.threads=1", "limits.max_new_tokens=12", "limits.tool_calls=3", "algorithm.transfer.updates=1", "algorithm.transfer.rows=4",
+        f"algorithm.transfer.mode={('replay', 'none', 'shaped', 'gated')[case]}", f"train.temperature={rng.choice([0.05, 0.5, 20])}", f"seed={rng.choice([0, 2**32 - 1])}", f"algorithm.feedback_guidance.content={rng.choice(['real', 'shuffled', 'foreign', 'empty'])}"]
     options = [x for s in [*small, f"data.folder={folder}", f"policy.checkpoint={raw_policy}"] for x in ("--set", s)]
     before = digest(folder)
     code, said = ask("train", *options, "--out", tmp_path / "run")
