@@ -359,3 +359,148 @@ def test_what_was_taken_trains(case, raw_policy, few, tmp_path):
     code, said = ask("train", *options, "--out", tmp_path / "run")
     assert code == 0 and "done: " in said, said[-600:]
     assert digest(folder) == before and json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+# Kinds of wrong data, one by one
+
+def rows_of(path):
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+def write_rows(path, rows):
+    text = "".join(json.dumps(r) + "\n" for r in rows) if path.suffix == ".jsonl" else json.dumps(rows)
+    path.write_text(text, encoding="utf-8")
+
+def put(*at):
+    "Put the last argument where the others lead."
+    *keys, value = at
+    def change(rows):
+        box = rows
+        for key in keys[:-1]: box = box[key]
+        box[keys[-1]] = value(box[keys[-1]]) if callable(value) else value
+    return change
+
+def renamed(form):
+    "The third company is called as the first, in another form."
+    return lambda rows: rows[2].update(name=form(rows[0]["name"]))
+
+KINDS_OF_WRONG = [ # File, change, the place and the field that the error names, words of it
+    ("train", put(2, "heldout", "no"), ":3: heldout: ", "valid boolean"),
+    ("train", put(2, "level", True), ":3: level: ", "valid integer"),
+    ("train", put(2, "level", 3.0), ":3: level: ", "valid integer"),
+    ("train", put(2, "level", "3"), ":3: level: ", "valid integer"),
+    ("companies", put(2, "heldout", 0), ": item 2: heldout: ", "valid boolean"),
+    ("companies", renamed(str.upper), ": item 2: name: ", "too much like another"),
+    ("companies", renamed(lambda n: n.replace(" ", "-")), ": item 2: name: ", "too much like another"),
+    ("companies", renamed(lambda n: n.replace(" ", "")), ": item 2: name: ", "too much like another"),
+    ("companies", renamed(lambda n: n + "."), ": item 2: name: ", "too much like another"),
+    ("companies", renamed(lambda n: n.replace("e", "è")), ": item 2: name: ", "too much like another"),
+    ("companies", renamed(lambda n: n.replace("e", "\u0435")), ": item 2: name: ", "look alike"),
+    ("companies", put(2, "name", "Cafe\u0301 Bank"), ": item 2: name: ", "composed form"),
+    ("companies", put(2, "name", "Acme\u200bBank"), ": item 2: name: ", "U+200B (ZERO WIDTH SPACE)"),
+    ("companies", put(2, "name", "Acme; Bank"), ": item 2: name: ", "';'"),
+    ("companies", put(2, "name", "Acme = Bank"), ": item 2: name: ", "'='"),
+    ("companies", put(2, "name", "..."), ": item 2: name: ", "no letter"),
+    ("companies", put(2, "name", "A" * 61), ": item 2: name: ", "at most 60"),
+    ("companies", put(2, "departments", 0, "phone", "212-555-01\u0664\u0662"), ": item 2: departments.0.phone: ", "a digit that is not 0 to 9"),
+    ("companies", put(2, "departments", 0, "description", "x" * 121), ": item 2: departments.0.description: ", "1 to 120"),
+    ("companies", put(2, "departments", 0, "description", "two\nlines"), ": item 2: departments.0.description: ", "U+000A"),
+    ("companies", put(2, "routing", 0, "request_type", "fly/away"), ": item 2: routing.0.request_type: ", "small letters"),
+    ("users", put(2, "fields", "pin", "\uff11\uff12\uff13\uff14"), ": item 2: fields.pin: ", "a digit that is not 0 to 9"),
+    ("users", put(2, "fields", "pin", 1234), ": item 2: fields.pin: ", "valid string"),
+    ("users", put(2, "fields", "security_word", "red;pin=1"), ": item 2: fields.security_word: ", "one word"),
+    ("users", put(2, "fields", "security_word", "red\npin"), ": item 2: fields.security_word: ", "U+000A"),
+    ("users", put(2, "fields", "email", "a=b@example.com"), ": item 2: fields.email: ", "example.com"),
+    ("users", put(2, "fields", "full_name", "Ann=Bo Example"), ": item 2: fields.full_name: ", "a first name"),
+    ("users", put(2, "fields", "full_name", "\ud800 Example"), ": item 2: fields.full_name: ", "half a surrogate"),
+    *((kind, put(2, "id", bad), place, "letters, digits, dots") for kind, place in (("companies", ": item 2: id: "), ("users", ": item 2: id: "), ("train", ":3: id: ")) for bad in ("a:b", "a/b", "../x", "", " a", "a b", "-a", "x" * 65)),
+    ("val", put(0, "id", "val\x000"), ":1: id: ", "U+0000"),
+    ("train", put(2, "request", lambda t: t + " please" * 60), ":3: request: ", "at most 300"),
+    ("train", put(2, "request", lambda t: t + "\u2028"), ":3: request: ", "U+2028 (LINE SEPARATOR)"),
+    ("train", put(2, "request", lambda t: t + "\x85"), ":3: request: ", "U+0085"),
+    ("train", put(2, "request", lambda t: "<|act|>" + t), ":3: request: ", "special token"),
+    ("train", put(2, "request", lambda t: t + " "), ":3: request: ", "begins or ends with a space"),
+    ("train", put(2, "split", "test"), ":3: split: ", "holds the train tasks"),
+    ("train", lambda rows: rows.append(dict(rows[2])), ":3", "is also at"),
+    ("train", lambda rows: rows[3].update(id=rows[2]["id"].upper()), ":4: id: ", "is also at"),
+    ("train", put(2, "company_id", "c-none"), ":3: company_id: ", "no company 'c-none'"),
+    ("train", put(2, "user_id", "u-none"), ":3: user_id: ", "no user 'u-none'"),
+    ("test", lambda rows: rows.clear(), ": ", "holds nothing"),
+    ("users", lambda rows: rows.clear(), ": ", "holds nothing"),
+]
+
+@pytest.mark.parametrize("kind, change, place, words", KINDS_OF_WRONG, ids=[f"{k}-{p.strip(': ')}-{i}" for i, (k, _, p, _) in enumerate(KINDS_OF_WRONG)])
+def test_a_kind_of_wrong_data_is_named(kind, change, place, words, few, tmp_path):
+    save_world(few, tmp_path)
+    rows = rows_of(tmp_path / FILES[kind])
+    change(rows)
+    write_rows(tmp_path / FILES[kind], rows)
+    code, said = ask("validate", "--data", tmp_path)
+    found = refusal(said)
+    mine = [e for e in found if e.startswith(f"{tmp_path / FILES[kind]}{place}") and words in e]
+    assert code == 1 and (mine or place == ":3" and words in said), found[:5]
+
+@pytest.mark.parametrize("text, words", [
+    ('{"id": "a", "id": "b"}', ":1: id: the key is there twice; keep one"),
+    ('{"a": {"b": [{"c": 1, "c": 1}]}}', ":1: a.b.0.c: the key is there twice; keep one"),
+    ("[" * 100_000, ": nested too deeply"), ('{"id": ' + "[" * 60 + "]" * 60 + "}", ":1: id: nested too deeply"),
+    ("NaN", ":1: row: "), ("{", ":1: not JSON"), ("1" * 5000, ":1: not JSON"), ("", ": holds nothing"),
+])
+def test_wrong_json_is_named(text, words, few, tmp_path):
+    save_world(few, tmp_path)
+    (tmp_path / FILES["val"]).write_text(text)
+    assert any(words in e for e in validate_files(tmp_path / FILES["companies"], tmp_path / FILES["users"], [tmp_path / FILES["val"]]))
+
+@pytest.mark.parametrize("data, words", [(b"\xff\xfe[\x00]\x00", ":1: is UTF-16"), (b"\xef\xbb\xbf[]", ":1: begins with a byte order mark"), (b'[\n"caf\xe9"]', ":2: byte 0xe9 is not UTF-8"), (b"", ": holds nothing")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_bytes_are_named(kind, data, words, few, tmp_path):
+    save_world(few, tmp_path)
+    (tmp_path / FILES[kind]).write_bytes(data)
+    code, said = ask("validate", "--data", tmp_path)
+    assert code == 1 and f"{tmp_path / FILES[kind]}{words}" in said
+
+def test_files_of_other_splits_and_of_other_worlds_are_refused(few, tmp_path):
+    save_world(few, tmp_path)
+    train, test = tmp_path / FILES["train"], tmp_path / FILES["test"]
+    bytes_of_train = train.read_bytes()
+    train.write_bytes(test.read_bytes())
+    test.write_bytes(bytes_of_train)
+    found = refusal(ask("train", "--set", f"data.folder={tmp_path}", "--out", tmp_path / "run")[1])
+    assert f"{train}:1: split: 'test', but train_tasks.jsonl holds the train tasks" in found and not (tmp_path / "run").exists()
+    assert re.fullmatch(r"and \d+ more; fg-dapo validate --data .* lists them all", found[20]) and len(found) in (21, 22)
+    save_world(few, tmp_path)
+    users = tmp_path / FILES["users"]
+    write_json(users, dict(version=2, seed=3, kind="standard", users=json.loads(users.read_text())))
+    said = ask("validate", "--data", tmp_path)[1]
+    assert f"{users}: version: is 2, but that of {tmp_path / FILES['companies']} is 1" in said
+
+@pytest.mark.parametrize("head, words", [(dict(version=3), "version: expected 1 or 2, got 3"), (dict(version="2"), "version: expected 1 or 2, got '2'"), (dict(version=True), "version: expected"), (dict(), "version: expected 1 or 2, got None"),
+    (dict(version=2, sed=1), "'sed': unknown key"), (dict(version=2, seed=-1), "seed: expected a whole number"), (dict(version=2, kind=3), "kind: expected")])
+def test_a_wrong_head_is_named(head, words, few, tmp_path):
+    save_world(few, tmp_path)
+    path = tmp_path / FILES["companies"]
+    write_json(path, head | dict(companies=json.loads(path.read_text())))
+    assert any(e.startswith(f"{path}: ") and words in e for e in validate_files(path))
+
+def test_errors_come_in_the_order_of_files_and_rows(few, tmp_path):
+    save_world(few, tmp_path)
+    for kind in KINDS:
+        rows = rows_of(tmp_path / FILES[kind])
+        for i in (11, 2, 9): rows[i]["id"] = "a:b"
+        write_rows(tmp_path / FILES[kind], rows)
+    found = refusal(ask("validate", "--data", tmp_path)[1])
+    places = [(list(FILES.values()).index(m[1]), int(m[2])) for e in found if (m := re.search(r"(\w+\.jsonl?)(?::|: item )(\d+): ", e))]
+    assert len(places) == len(found) and places == sorted(places) and len({f for f, _ in places}) == 5
+
+def test_the_same_bytes_are_checked_once(few, tmp_path, monkeypatch):
+    import fg_dapo.world.validate as v
+    save_world(few, tmp_path)
+    calls = []
+    real = v.validate_files
+    monkeypatch.setattr(v, "validate_files", lambda *a: calls.append(1) or real(*a))
+    for _ in range(3): v.check_folder(tmp_path)
+    assert len(calls) == 1
+    path = tmp_path / FILES["val"]
+    path.write_text(path.read_text().replace('"level": ', '"level": 9', 1))
+    for _ in range(2):
+        with pytest.raises(v.DataError, match="level"): v.check_folder(tmp_path)
+    assert len(calls) == 3

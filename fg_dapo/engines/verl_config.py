@@ -7,6 +7,7 @@ __all__ = ['UNDECLARED', 'check_ray_address', 'environment', 'overrides', 'as_ar
 
 # %% ../../nbs/engines/42_verl_config.ipynb #b75a6f41
 import os, re
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import RunConfig
@@ -143,8 +144,9 @@ UNDECLARED = ("fg_dapo", "data.fg_dapo", "ray_kwargs.ray_init.include_dashboard"
 
 def compose(
     settings:dict[str, object], # From `overrides`
-): # An omegaconf DictConfig; raises `ValueError` that names a key verl does not have
+): # An omegaconf DictConfig; raises `ValueError` that names a key verl does not have, `ModuleNotFoundError` without verl
     "verl's configuration for a run."
+    if find_spec("verl") is None: raise ModuleNotFoundError("No module named 'verl'", name="verl") # hydra would not say so
     from hydra import compose as hydra_compose, initialize_config_module
     from omegaconf import OmegaConf
     with initialize_config_module("verl.trainer.config", version_base=None): base = hydra_compose("ppo_trainer")

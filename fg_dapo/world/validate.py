@@ -148,6 +148,7 @@ def read_rows(
     "The rows of a data file."
     try:
         text = utf8_file(path)
+        if not text.strip(): raise ValueError(f"{path}: holds nothing")
         got = _lines(path, text) if str(path).endswith(".jsonl") else _list(path, text, LIST_OF.get(cls, "rows"))
     except ValueError as e: return Rows(errors=str(e).splitlines())
     if not got.rows and not got.errors: got.errors.append(f"{path}: holds nothing")
