@@ -156,13 +156,21 @@ def exchanged_files(paths, rng):
 
 FOLDER_CHANGES = (a_folder, no_file, a_pipe, a_dangling_link, exchanged_files, exchanged_files)
 
-def as_second_version(folder):
-    "The same files, as version 2 writes them."
-    for kind, name in dict(companies="companies", users="users").items():
-        write_json(folder / FILES[kind], {"version": 2, "seed": 0, "kind": "standard", name: json.loads((folder / FILES[kind]).read_text())})
+def rows_of(path):
+    "The rows of a data file of either version."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl": return [json.loads(x) for x in text.splitlines()]
+    whole = json.loads(text)
+    return whole if isinstance(whole, list) else whole[dict(companies="companies", user_profiles="users")[path.stem]]
+
+def as_version(folder, version):
+    "The same files, as a version of the world writes them."
+    for kind in ("companies", "users"):
+        rows = rows_of(folder / FILES[kind])
+        write_json(folder / FILES[kind], rows if version == 1 else {"version": version, "seed": 0, "kind": "standard", kind: rows})
     for split in ("train", "val", "test"):
-        path = folder / FILES[split]
-        write_jsonl(path, [json.loads(x) | dict(world_version=2) for x in path.read_text().splitlines()])
+        rows = [{k: v for k, v in row.items() if k != "world_version"} for row in rows_of(folder / FILES[split])]
+        write_jsonl(folder / FILES[split], [row | dict(world_version=version) if version > 1 else row for row in rows])
 
 def damage(folder, rng):
     "Change a folder of data in one way; what was done."
@@ -196,7 +204,7 @@ def test_damaged_data_are_refused_with_their_place_or_playable(batch, few, tmp_p
     for case in range(batch, DATA_CASES, BATCHES):
         rng, folder = rng_for(0, "data", case), tmp_path / f"d{case}"
         save_world(few, folder)
-        if VERSIONED and case // BATCHES % 2: as_second_version(folder)
+        as_version(folder, 2 if VERSIONED and case // BATCHES % 2 else 1)
         what = damage(folder, rng)
         before = digest(folder)
         code, said = ask("validate", "--data", folder)
@@ -362,13 +370,10 @@ def test_what_was_taken_trains(case, raw_policy, few, tmp_path):
 
 # Kinds of wrong data, one by one
 
-def rows_of(path):
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(x) for x in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-
 def write_rows(path, rows):
-    text = "".join(json.dumps(r) + "\n" for r in rows) if path.suffix == ".jsonl" else json.dumps(rows)
-    path.write_text(text, encoding="utf-8")
+    if path.suffix == ".jsonl": return path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(rows if isinstance(whole, list) else {k: rows if isinstance(v, list) else v for k, v in whole.items()}), encoding="utf-8")
 
 def put(*at):
     "Put the last argument where the others lead."
@@ -468,8 +473,9 @@ def test_files_of_other_splits_and_of_other_worlds_are_refused(few, tmp_path):
     assert f"{train}:1: split: 'test', but train_tasks.jsonl holds the train tasks" in found and not (tmp_path / "run").exists()
     assert re.fullmatch(r"and \d+ more; fg-dapo validate --data .* lists them all", found[20]) and len(found) in (21, 22)
     save_world(few, tmp_path)
+    as_version(tmp_path, 1)
     users = tmp_path / FILES["users"]
-    write_json(users, dict(version=2, seed=3, kind="standard", users=json.loads(users.read_text())))
+    write_json(users, dict(version=2, seed=3, kind="standard", users=rows_of(users)))
     said = ask("validate", "--data", tmp_path)[1]
     assert f"{users}: version: is 2, but that of {tmp_path / FILES['companies']} is 1" in said
 
@@ -478,7 +484,7 @@ def test_files_of_other_splits_and_of_other_worlds_are_refused(few, tmp_path):
 def test_a_wrong_head_is_named(head, words, few, tmp_path):
     save_world(few, tmp_path)
     path = tmp_path / FILES["companies"]
-    write_json(path, head | dict(companies=json.loads(path.read_text())))
+    write_json(path, head | dict(companies=rows_of(path)))
     assert any(e.startswith(f"{path}: ") and words in e for e in validate_files(path))
 
 def test_errors_come_in_the_order_of_files_and_rows(few, tmp_path):
