@@ -191,7 +191,8 @@ def validate(
     """
     from fg_dapo.world.records import FILES, DataError
     from fg_dapo.world.validate import validate_files
-    if not (folder.is_dir() or companies and users and tasks): raise FileNotFoundError(f"there is no folder {str(folder)!r}, so no {folder / FILES['companies']}; make it with: fg-dapo data --out {folder}")
+    if not (folder.is_dir() or companies and users and tasks):
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}, so no {folder / FILES['companies']}; make it with: fg-dapo data --out {folder}")
     companies, users = companies or folder / FILES["companies"], users or folder / FILES["users"]
     tasks = tasks or [folder / FILES[s] for s in ("train", "val", "test")]
     if errors := validate_files(companies, users, tasks): raise DataError(errors)
@@ -210,9 +211,12 @@ def model_folder(
     "The model that is meant: a folder, or a run's last checkpoint."
     from fg_dapo.demo import last_checkpoint
     what = "a model is a folder on this machine: a Hugging Face folder (config.json with a .safetensors file), or the folder of a run"
-    if re.match(r"\w+:/", name): raise FileNotFoundError(f"{name!r} is an address; {what}. A server's weights cannot be evaluated from here: copy its model to a folder")
-    if is_hub_name(name): raise FileNotFoundError(f"there is no folder {name!r}, and nothing is downloaded unasked; {what}. From a hub: hf download {name} --local-dir models/{name.rpartition('/')[2]}, then name that folder")
-    if not Path(name).exists(): raise FileNotFoundError(f"there is no model {name!r}; {what}; fg-dapo warmstart makes one")
+    if re.match(r"\w+:/", name):
+        raise FileNotFoundError(f"{name!r} is an address; {what}. A server's weights cannot be evaluated from here: copy its model to a folder")
+    if is_hub_name(name):
+        raise FileNotFoundError(f"there is no folder {name!r}, and nothing is downloaded unasked; {what}. From a hub: hf download {name} --local-dir models/{name.rpartition('/')[2]}, then name that folder")
+    if not Path(name).exists():
+        raise FileNotFoundError(f"there is no model {name!r}; {what}; fg-dapo warmstart makes one")
     return last_checkpoint(name)
 
 # %% ../nbs/90_cli.ipynb #5a1e3005
@@ -234,7 +238,8 @@ def _input_errors(config):
     from fg_dapo.world.records import DataError
     from fg_dapo.world.validate import check_folder
     errors, folder, model = [], config.data.folder, config.policy.checkpoint
-    if not Path(folder).is_dir(): errors.append(f"data.folder: there is no folder {folder!r}; make it with: fg-dapo data --out {folder}")
+    if not Path(folder).is_dir():
+        errors.append(f"data.folder: there is no folder {folder!r}; make it with: fg-dapo data --out {folder}")
     else:
         try: check_folder(folder)
         except DataError as e: errors += e.errors
@@ -242,7 +247,8 @@ def _input_errors(config):
         from fg_dapo.engines.verl_config import check_ray_address
         try: check_ray_address()
         except ValueError as e: errors.append(str(e))
-    if is_model(model) or config.engine == "verl" and is_hub_name(model): return errors # One of a hub is found, or not, where it is loaded
+    if is_model(model) or config.engine == "verl" and is_hub_name(model):
+        return errors # One of a hub is found, or not, where it is loaded
     hub = f", or fetch one: hf download {model} --local-dir models/{Path(model).name}" if is_hub_name(model) else ""
     return [*errors, f"policy.checkpoint: no model in {model!r} (config.json and a .safetensors file); make one with: fg-dapo warmstart --out {model}{hub}"]
 
@@ -251,9 +257,11 @@ def _need_inputs(
 ):
     "Refuse a run whose data or model is not there or not right, before anything heavy starts."
     if errors := _input_errors(config): raise FileNotFoundError("\n".join(errors))
-    if not (config.algorithm.feedback_guidance.enable and config.algorithm.feedback_guidance.use_llm_enhancement): return
+    if not (config.algorithm.feedback_guidance.enable and config.algorithm.feedback_guidance.use_llm_enhancement):
+        return
     try: import openai
-    except ImportError as e: raise ValueError("algorithm.feedback_guidance.use_llm_enhancement: needs the openai package: pip install 'fg_dapo[llm]', or set it to false") from e
+    except ImportError as e:
+        raise ValueError("algorithm.feedback_guidance.use_llm_enhancement: needs the openai package: pip install 'fg_dapo[llm]', or set it to false") from e
 
 # %% ../nbs/90_cli.ipynb #0924dcd2
 @app.command()

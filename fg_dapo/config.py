@@ -32,14 +32,17 @@ def expand_path(
     "`~`, `$NAME` and `${NAME}` as a shell reads them. Paths in settings are expanded here, and nowhere else."
     def variable(found):
         name = found[1] or found[2]
-        if name not in os.environ: raise ValueError(f"the environment has no variable {name}; set it, or write the path out")
+        if name not in os.environ:
+            raise ValueError(f"the environment has no variable {name}; set it, or write the path out")
         return os.environ[name]
     path = os.path.expanduser(re.sub(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))", variable, text))
-    if path.startswith("~"): raise ValueError(f"there is no user {path.partition('/')[0][1:]!r}; write the path out, or ./{path} for a folder of that name")
+    if path.startswith("~"):
+        raise ValueError(f"there is no user {path.partition('/')[0][1:]!r}; write the path out, or ./{path} for a folder of that name")
     return path
 
 def _hot_or_zero(value):
-    if 0 < value < COLDEST: raise ValueError(f"must be 0 (greedy) or from {COLDEST} to 20: nearer to 0 the logits overflow")
+    if 0 < value < COLDEST:
+        raise ValueError(f"must be 0 (greedy) or from {COLDEST} to 20: nearer to 0 the logits overflow")
     return value
 
 COLDEST = 0.05 # The lowest temperature that is sampled at
@@ -60,7 +63,8 @@ class DataConfig(Section):
 
 class PolicyConfig(Section):
     "Which model is trained."
-    checkpoint:PathName = Field("data/tiny", description="Hugging Face folder to start from: safetensors and tokenizer; ~ and $NAME are expanded")
+    checkpoint:PathName = Field("data/tiny",
+        description="Hugging Face folder to start from: safetensors and tokenizer; ~ and $NAME are expanded")
     chat:Literal["compact", "hermes"] = Field("compact", description="How a conversation is written: compact (the tiny policy) | hermes (Qwen3)")
 
 # %% ../nbs/05_config.ipynb #45453a06
@@ -75,9 +79,11 @@ class LLMConfig(Section):
     mode:Literal["enhanced", "full"] = Field("enhanced", description="What the model is given: enhanced (the rule-based text and the last turns) | full (the kind of failure and all turns)")
     base_url:str = Field("http://localhost:8000/v1", pattern=r"^https?://[^@\s]+$", description="Where the server answers, up to and with /v1; without user name or key")
     model:str = Field("Qwen/Qwen3-8B", min_length=1, description="The model's name at that server")
-    timeout_seconds:float = Field(20.0, ge=0.1, le=3600, description="Give up on an answer after this long; a second try may follow")
+    timeout_seconds:float = Field(20.0, ge=0.1, le=3600,
+        description="Give up on an answer after this long; a second try may follow")
     max_tokens:Count = Field(100, description="Token budget of one feedback; a longer one is refused")
-    cache:PathName|None = Field(None, description="Folder where answers are kept as plain text, to be used again; null keeps none")
+    cache:PathName|None = Field(None,
+        description="Folder where answers are kept as plain text, to be used again; null keeps none")
 
 class FeedbackConfig(Section):
     "Who reads feedback inside a group, and which."
@@ -91,7 +97,8 @@ class FeedbackConfig(Section):
         description="How much feedback tells: hint (kind of failure) | observed (what the episode revealed) | full (the answer)")
     content:Literal["real", "shuffled", "foreign", "empty"] = Field("real",
         description="What stands in a guided prompt: real | shuffled (as many critiques, of tasks of other companies: a control) | foreign (of other industries: a control) | empty (a text of the same length that says nothing: a control)")
-    wave_sizes:Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)] = Field((2, 4), description="Sizes of the waves after the plain rollouts; [1] is one after the other")
+    wave_sizes:Annotated[tuple[Count, ...], Field(min_length=1, max_length=64)] = Field((2, 4),
+        description="Sizes of the waves after the plain rollouts; [1] is one after the other")
     guided_share:Share = Field(1.0, description="Share of the groups that get feedback; the rest is sampled plain")
     stop_after_successes:Count|None = Field(None, description="Sample no further wave of a group that has this many successes; null never stops")
 
@@ -102,7 +109,8 @@ class TransferConfig(Section):
         description="none | replay (train on successes under the plain prompt) | strip (guided rollouts a second time, under the plain prompt, with importance weights) | shaped (as GOLF: train on plain rows, and on one guided success where no plain row succeeded) | gated (as SDPO, gated: failed plain rows are drawn to what the policy would say with feedback)")
     updates:Count = Field(12, description="Replay updates a training step")
     rows:Count = Field(32, description="Transcripts an update")
-    passes:float|None = Field(None, ge=0.001, le=1_000_000, description="At most so many passes over the buffer a step, so that a handful of successes is not learned by heart; null: always `updates`")
+    passes:float|None = Field(None, ge=0.001, le=1_000_000,
+        description="At most so many passes over the buffer a step, so that a handful of successes is not learned by heart; null: always `updates`")
     lr:Rate = Field(1e-3, description="Learning rate of replay")
     reexecute:bool = Field(True, description="Play each solved task's shortest plan again with freshly drawn users")
     reword:bool = Field(False, description="With reexecute: the fresh user asks for the same in words drawn anew")
@@ -111,27 +119,34 @@ class TransferConfig(Section):
     lacking:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, whose fresh user lacks a field; above 0, plans also ask for what other plans of the industry told the same department, where a trial shows that the company has a use for it: it may stand in")
     elsewhere:Share = Field(0.0, description="With reexecute: share of replay rows, without feedback, that carry plans for requests that no solved task made at a company; each is found by trying there, in the environment, what worked at other training companies of the industry; this begins when every task has been tried once")
     guided_rows:Share = Field(0.1, description="Share of replay rows that keep the feedback in their prompt")
-    temperature:Temperature = Field(1.0, description="Replay fits the policy at this temperature; fitted at 2 and sampled at 1, what plans have most often comes more often still, and their exceptions less")
+    temperature:Temperature = Field(1.0,
+        description="Replay fits the policy at this temperature; fitted at 2 and sampled at 1, what plans have most often comes more often still, and their exceptions less")
     oracle:bool = Field(False, description="A limit and no method: the buffer starts with the right plan of every training task (with reexecute)")
     capacity:Count = Field(4096, description="Transcripts the buffer holds; the oldest leaves first")
-    warmup_steps:int = Field(20, ge=0, le=MANY, description="Training steps over which the replay learning rate grows to its value")
+    warmup_steps:int = Field(20, ge=0, le=MANY,
+        description="Training steps over which the replay learning rate grows to its value")
     schedule:Literal["constant", "cosine"] = Field("constant", description="Replay learning rate after that: constant | cosine (falls to 0 at train.steps)")
     optimizer:Literal["adamw", "muon"] = Field("adamw", description="Of replay: adamw (the policy gradient's own) | muon (apart from it; Muon inside the layers, at 20 times lr, AdamW for the rest)")
-    weight_cap:float = Field(2.0, ge=0.001, le=1000, description="strip: importance weights p(token | plain prompt) / p(token | as sampled) are cut here")
-    distill_weight:float = Field(1.0, ge=1e-6, le=1000, description="gated: weight of the distillation loss beside the policy gradient")
-    gate:float = Field(0.02, ge=0, le=1000, description="gated: a failed row is distilled when feedback makes it less likely by more than so many nats a token")
+    weight_cap:float = Field(2.0, ge=0.001, le=1000,
+        description="strip: importance weights p(token | plain prompt) / p(token | as sampled) are cut here")
+    distill_weight:float = Field(1.0, ge=1e-6, le=1000,
+        description="gated: weight of the distillation loss beside the policy gradient")
+    gate:float = Field(0.02, ge=0, le=1000,
+        description="gated: a failed row is distilled when feedback makes it less likely by more than so many nats a token")
 
 class AlgorithmConfig(Section):
     "The objective: DAPO, feedback guidance and transfer."
     clip_low:float = Field(0.2, ge=1e-6, lt=1, description="Clip the ratio below 1 - clip_low")
     clip_high:float = Field(0.28, ge=1e-6, le=1000, description="Clip the ratio above 1 + clip_high")
-    clip_c:float = Field(10.0, gt=1, le=1_000_000, description="Dual clip: bound of the loss where the advantage is negative")
+    clip_c:float = Field(10.0, gt=1, le=1_000_000,
+        description="Dual clip: bound of the loss where the advantage is negative")
     lr:Rate = Field(3e-4, description="Learning rate of the policy gradient")
     updates:Count = Field(4, description="Policy-gradient updates a step; its groups are dealt out over them")
     pg_weight:float = Field(1.0, ge=0, le=1000, description="Weight of the policy gradient; 0 leaves only transfer")
     baseline:Literal["group", "condition", "cold"] = Field("group", description="Rows whose mean is subtracted: group | condition (cold and guided apart) | cold; transfer.mode shaped always takes cold")
     filter_on:Literal["group", "cold"] = Field("group", description="Drop groups without variance among these rows: group | cold; transfer.mode shaped always takes the rows it trains on")
-    refill_batches:int = Field(0, ge=0, le=1000, description="Dynamic sampling: groups that were dropped are replaced by new tasks, up to so many times tasks_per_step; 0 trains on what is left")
+    refill_batches:int = Field(0, ge=0, le=1000,
+        description="Dynamic sampling: groups that were dropped are replaced by new tasks, up to so many times tasks_per_step; 0 trains on what is left")
     advantage_from:Literal["acc", "score"] = Field("acc", description="acc (done or not) | score (with milestones)")
     overlong:OverlongConfig = Field(OverlongConfig(), description="Penalty for long answers")
     feedback_guidance:FeedbackConfig = Field(FeedbackConfig(), description="Feedback inside a group")
@@ -148,7 +163,8 @@ class HardwareConfig(Section):
     tensor_parallel:Count = Field(1, description="GPUs that share one vLLM server")
     server_memory:Share = Field(0.5, description="Share of a GPU's memory for vLLM's weights and cache")
     server_rows:Count = Field(64, description="Episodes a vLLM server takes at a time")
-    lora_rank:int = Field(0, ge=0, le=65_536, description="Rank of the LoRA adapter that is trained; 0 trains all weights")
+    lora_rank:int = Field(0, ge=0, le=65_536,
+        description="Rank of the LoRA adapter that is trained; 0 trains all weights")
     lora_alpha:Count = Field(32, description="LoRA's scale times its rank")
     offload:Literal["none", "optimizer", "all"] = Field("none", description="What lies in RAM while it is not used: none | optimizer | all (weights and gradients too)")
     gradient_checkpointing:bool = Field(True, description="Recompute activations in the backward pass: a third more time, much less memory")
@@ -176,7 +192,8 @@ class TrainConfig(Section):
     eval_tasks:Count = Field(100, description="Validation tasks of such an evaluation")
     eval_samples:Count = Field(1, le=10_000, description="Episodes a task in such an evaluation")
     sample_groups:int = Field(2, ge=0, le=MANY, description="Groups a step whose transcripts are kept for reading")
-    threads:Annotated[int, Field(ge=1, le=1024)]|None = Field(None, description="CPU threads of torch; null leaves torch's choice")
+    threads:Annotated[int, Field(ge=1, le=1024)]|None = Field(None,
+        description="CPU threads of torch; null leaves torch's choice")
     log:tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = Field(("jsonl",), description="Where metrics go; jsonl is always written")
     alarm:AlarmConfig = Field(AlarmConfig(), description="The collapse alarm")
 
@@ -198,7 +215,8 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     "One training run."
     engine:Literal["local", "verl"] = Field("local", description="local (one process) | verl (Ray, vLLM and FSDP)")
-    arm:str = Field("fg_replay", pattern=r"^[a-z0-9_-]{1,64}$", description="Label of the run in reports: dapo | dapo_replay | fg_plan | fg_replay, or a name of yours")
+    arm:str = Field("fg_replay", pattern=r"^[a-z0-9_-]{1,64}$",
+        description="Label of the run in reports: dapo | dapo_replay | fg_plan | fg_replay, or a name of yours")
     seed:int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything that is drawn")
     data:DataConfig = Field(DataConfig(), description="The world")
     policy:PolicyConfig = Field(PolicyConfig(), description="The model")
@@ -287,7 +305,8 @@ def utf8_file(
     if other: raise ValueError(f"{path}: is no ordinary file")
     try: data = path.read_bytes()
     except (OSError, ValueError) as e: raise ValueError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]: raise ValueError(f"{path}:1: is UTF-16 or UTF-32; save it as UTF-8")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+        raise ValueError(f"{path}:1: is UTF-16 or UTF-32; save it as UTF-8")
     if data.startswith(b"\xef\xbb\xbf"):
         if not mark: raise ValueError(f"{path}:1: begins with a byte order mark; save it as UTF-8 without one")
         data = data[3:]
@@ -309,7 +328,8 @@ def plain_value(
     whole = re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text)
     based = re.fullmatch(r"0x[0-9a-fA-F]+|0o[0-7]+", text)
     broken = re.fullmatch(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", text)
-    if (whole or based or broken) and len(text) > LONGEST_NUMBER: raise ValueError(f"a number of {len(text)} characters is too long; at most {LONGEST_NUMBER}")
+    if (whole or based or broken) and len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} characters is too long; at most {LONGEST_NUMBER}")
     if whole: return int(text)
     if based: return int(text, 0)
     if broken: return float(text)
@@ -334,7 +354,8 @@ class _Reader:
         if isinstance(event, yaml.StreamEndEvent): return None
         value = self.value(next(self.events), "", 0)
         next(self.events)
-        if not isinstance(event := next(self.events), yaml.StreamEndEvent): self.fail(event, "a second document begins; keep one")
+        if not isinstance(event := next(self.events), yaml.StreamEndEvent):
+            self.fail(event, "a second document begins; keep one")
         return value
     def value(self, event, name, depth):
         "The value that begins with an event."
@@ -355,7 +376,8 @@ class _Stop(Exception):
 def _scalar(self, event, name, depth):
     "A text, a number, a boolean or nothing."
     text, tag = event.value, event.tag
-    if bad := re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]", text): self.note(event, f"{name}: holds the character U+{ord(bad[0]):04X}, which no setting needs")
+    if bad := re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]", text):
+        self.note(event, f"{name}: holds the character U+{ord(bad[0]):04X}, which no setting needs")
     if tag in (None, "!"):
         if not event.implicit[0] or tag: return text
     elif tag == "tag:yaml.org,2002:str": return text
@@ -365,7 +387,8 @@ def _scalar(self, event, name, depth):
 
 def _sequence(self, event, name, depth):
     "A list."
-    if event.tag not in (None, "!", "tag:yaml.org,2002:seq"): self.note(event, f"{name}: the tag {event.tag!r} is not understood; leave it out")
+    if event.tag not in (None, "!", "tag:yaml.org,2002:seq"):
+        self.note(event, f"{name}: the tag {event.tag!r} is not understood; leave it out")
     values = []
     while not isinstance(inner := next(self.events), yaml.SequenceEndEvent):
         self.lines[f"{name}.{len(values)}".strip(".")] = inner.start_mark.line + 1
@@ -378,7 +401,8 @@ def _alias(self, event, name):
     if self.anchors[event.anchor] is None: self.fail(event, f"{name}: {event.anchor!r} holds itself")
     value, size = self.anchors[event.anchor]
     self.count += size
-    if self.count > MOST_VALUES: self.fail(event, f"{name}: aliases unfold into more than {MOST_VALUES} values; write less")
+    if self.count > MOST_VALUES:
+        self.fail(event, f"{name}: aliases unfold into more than {MOST_VALUES} values; write less")
     self.trace(value, name, event.start_mark.line + 1)
     return value
 
@@ -394,10 +418,12 @@ _Reader.scalar, _Reader.sequence, _Reader.alias, _Reader.trace = _scalar, _seque
 # %% ../nbs/05_config.ipynb #5a1e1007
 def _mapping(self, event, name, depth):
     "A section; what it merges stands behind what it says itself."
-    if event.tag not in (None, "!", "tag:yaml.org,2002:map"): self.note(event, f"{name}: the tag {event.tag!r} is not understood; leave it out")
+    if event.tag not in (None, "!", "tag:yaml.org,2002:map"):
+        self.note(event, f"{name}: the tag {event.tag!r} is not understood; leave it out")
     own, first, merged = {}, {}, []
     while not isinstance(inner := next(self.events), yaml.MappingEndEvent):
-        if not isinstance(inner, yaml.ScalarEvent): self.fail(inner, f"{name}: a key has to be a plain word".strip(": "))
+        if not isinstance(inner, yaml.ScalarEvent):
+            self.fail(inner, f"{name}: a key has to be a plain word".strip(": "))
         line = inner.start_mark.line + 1
         plain = inner.implicit[0] and inner.tag is None
         key = inner.value if inner.value == "<<" or not plain else self.scalar(inner, name, depth)
@@ -414,7 +440,8 @@ def _mapping(self, event, name, depth):
 def _merge(self, own, event, value, name):
     "Add what `<<` brings and the section does not say itself."
     for section in value if isinstance(value, list) else [value]:
-        if not isinstance(section, dict): self.fail(event, f"{name}: << takes a section or a list of sections, not {section!r:.60}".removeprefix(": "))
+        if not isinstance(section, dict):
+            self.fail(event, f"{name}: << takes a section or a list of sections, not {section!r:.60}".removeprefix(": "))
         for key, inner in section.items():
             if key in own: continue
             own[key] = inner
@@ -439,8 +466,10 @@ def _read(
         reader = _Reader(text)
         value = reader.document()
     except _Stop as e: refuse([*reader.errors, e.args])
-    except yaml.reader.ReaderError as e: refuse([(text.count("\n", 0, e.position) + 1, f"not YAML: holds the character U+{e.character:04X}" if isinstance(e.character, int) else "not YAML")])
-    except yaml.YAMLError as e: refuse([(mark.line + 1 if (mark := getattr(e, "problem_mark", None)) else 1, f"not YAML: {getattr(e, 'problem', None) or e}")])
+    except yaml.reader.ReaderError as e:
+        refuse([(text.count("\n", 0, e.position) + 1, f"not YAML: holds the character U+{e.character:04X}" if isinstance(e.character, int) else "not YAML")])
+    except yaml.YAMLError as e:
+        refuse([(mark.line + 1 if (mark := getattr(e, "problem_mark", None)) else 1, f"not YAML: {getattr(e, 'problem', None) or e}")])
     if reader.errors: refuse(sorted(reader.errors, key=lambda x: x[0]))
     return value, reader.lines
 
@@ -476,7 +505,8 @@ def parse_override(
     "One override as nested settings."
     key, eq, value = text.partition("=")
     parts = key.strip().split(".")
-    if not eq or not all(parts) or not key.isprintable(): raise ConfigError([f"override {text!r} is not of the form section.key=value, such as train.steps=10"])
+    if not eq or not all(parts) or not key.isprintable():
+        raise ConfigError([f"override {text!r} is not of the form section.key=value, such as train.steps=10"])
     value, _ = _read(value.strip(), f"override {text!r}", numbered=False)
     for p in reversed(parts): value = {p: value}
     return value
@@ -552,10 +582,12 @@ def _hint(value, kind):
     "What was probably meant, where that is plain; with a semicolon in front."
     if not isinstance(value, str): return ""
     yes_no = {**dict.fromkeys(("yes", "on", "y"), "true"), **dict.fromkeys(("no", "off", "n"), "false")}
-    if kind == "bool_type" and (meant := yes_no.get(value.lower()) or value.lower() if value.lower() in (*yes_no, "true", "false") else None): return f"; write {meant}"
+    if kind == "bool_type" and (meant := yes_no.get(value.lower()) or value.lower() if value.lower() in (*yes_no, "true", "false") else None):
+        return f"; write {meant}"
     if kind not in ("int_type", "float_type"): return ""
     if re.fullmatch(r"[-+]?0[0-9_]+", value, re.ASCII): return f"; write {int(value.replace('_', ''))}"
-    if re.fullmatch(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?", value, re.ASCII): return f"; write {value.replace('_', '')}, without quotes"
+    if re.fullmatch(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?", value, re.ASCII):
+        return f"; write {value.replace('_', '')}, without quotes"
     return "; write one plain number" if re.fullmatch(r"[\d:.,' _]+", value) else ""
 
 def _path_key(err):
@@ -570,8 +602,10 @@ def _path_key(err):
 def _describe(err):
     "One line for one pydantic error."
     key, got = ".".join(map(str, err["loc"])), err.get("input")
-    if err["type"] == "extra_forbidden": return _path_key(err) or f"unknown key {key!r}; the nearest is {_nearest_key(key)!r}"
-    if err["type"] in ("model_type", "model_attributes_type"): return f"{key}: expected a section with keys below it, got {_shown(got)}"
+    if err["type"] == "extra_forbidden":
+        return _path_key(err) or f"unknown key {key!r}; the nearest is {_nearest_key(key)!r}"
+    if err["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: expected a section with keys below it, got {_shown(got)}"
     msg = err["msg"].removeprefix("Value error, ")
     numbers = allowed_range(key) if re.match("greater|less|int|float|finite|bool", err["type"]) else ""
     limits = f"; allowed is {numbers}" if numbers else ""
@@ -639,7 +673,8 @@ def _sourced(found, path, lines, overrides, under=("",)):
 
 def _file_settings(path):
     "The settings of a file, and dotted key to line."
-    if not os.path.exists(path): raise FileNotFoundError(f"no configuration {str(path)!r}; examples are in experiments/configs")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no configuration {str(path)!r}; examples are in experiments/configs")
     try: return _settings(utf8_file(path, mark=True), str(path))
     except ConfigError: raise
     except ValueError as e: raise ConfigError(str(e).splitlines()) from None

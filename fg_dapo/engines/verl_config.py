@@ -83,7 +83,8 @@ def check_ray_address(
 )->str: # Empty when Ray starts on this machine; raises `ValueError` that names the right form
     "Refuse an address that Ray cannot be joined at."
     address = os.environ.get("RAY_ADDRESS", "") if address is None else address
-    if address in ("", "auto", "local") or re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}", address): return address
+    if address in ("", "auto", "local") or re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}", address):
+        return address
     found = re.match(r"(?:[a-z]+://)?([A-Za-z0-9_.-]+)", address)
     host = found[1] if found else "host"
     what = "is the address of the dashboard or of the job server" if address.startswith("http") else "is no address of a Ray cluster"
@@ -146,7 +147,8 @@ def compose(
     settings:dict[str, object], # From `overrides`
 ): # An omegaconf DictConfig; raises `ValueError` that names a key verl does not have, `ModuleNotFoundError` without verl
     "verl's configuration for a run."
-    if find_spec("verl") is None: raise ModuleNotFoundError("No module named 'verl'", name="verl") # hydra would not say so
+    if find_spec("verl") is None:
+        raise ModuleNotFoundError("No module named 'verl'", name="verl") # hydra would not say so
     from hydra import compose as hydra_compose, initialize_config_module
     from omegaconf import OmegaConf
     with initialize_config_module("verl.trainer.config", version_base=None): base = hydra_compose("ppo_trainer")

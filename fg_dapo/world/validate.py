@@ -51,12 +51,17 @@ def text_fault(
     text:str, # Any string of a row
 )->str|None: # `None` when there is none
     "What is wrong with a text as such, whatever field it stands in."
-    if text.isascii() and text.isprintable(): return "holds '<|', which begins a special token" if "<|" in text else None
+    if text.isascii() and text.isprintable():
+        return "holds '<|', which begins a special token" if "<|" in text else None
     for ch in text:
-        if 0xD800 <= ord(ch) < 0xE000: return f"holds half a surrogate pair, U+{ord(ch):04X}, which cannot be written as UTF-8"
-        if not ch.isprintable(): return f"holds U+{ord(ch):04X} ({unicodedata.name(ch, 'a control character')}); write visible characters and plain spaces"
-        if ch.isdecimal() and not ch.isascii(): return f"holds {ch!r} (U+{ord(ch):04X}), a digit that is not 0 to 9; write {unicodedata.decimal(ch)}"
-    if unicodedata.normalize("NFKC", text) != text: return "is not in Unicode's composed form (NFKC); two spellings that look the same would differ"
+        if 0xD800 <= ord(ch) < 0xE000:
+            return f"holds half a surrogate pair, U+{ord(ch):04X}, which cannot be written as UTF-8"
+        if not ch.isprintable():
+            return f"holds U+{ord(ch):04X} ({unicodedata.name(ch, 'a control character')}); write visible characters and plain spaces"
+        if ch.isdecimal() and not ch.isascii():
+            return f"holds {ch!r} (U+{ord(ch):04X}), a digit that is not 0 to 9; write {unicodedata.decimal(ch)}"
+    if unicodedata.normalize("NFKC", text) != text:
+        return "is not in Unicode's composed form (NFKC); two spellings that look the same would differ"
     return "holds '<|', which begins a special token" if "<|" in text else None
 
 def row_faults(
@@ -71,7 +76,8 @@ def row_faults(
         if depth >= DEEPEST:
             yield name.partition(".")[0] or "row", "nested too deeply to be read"
             return
-        for key in getattr(value, "twice", ()): yield f"{name}.{key}".strip(".").encode(errors="backslashreplace").decode(), "the key is there twice; keep one"
+        for key in getattr(value, "twice", ()):
+            yield f"{name}.{key}".strip(".").encode(errors="backslashreplace").decode(), "the key is there twice; keep one"
         inside = value.items() if isinstance(value, dict) else enumerate(value)
         for key, x in inside:
             if isinstance(key, str) and (fault := text_fault(key)): yield name or "row", f"the key {ascii(key)} {fault}"
@@ -122,11 +128,14 @@ def _list(path, text, name):
     got, values = Rows(), parse_json(text, str(path))
     if isinstance(values, dict):
         got.head = {k: v for k, v in values.items() if k != name}
-        for key in getattr(values, "twice", ()): got.errors.append(f"{path}: {ascii(key)}: the key is there twice; keep one")
+        for key in getattr(values, "twice", ()):
+            got.errors.append(f"{path}: {ascii(key)}: the key is there twice; keep one")
         values = values.get(name)
-        if not isinstance(values, list): raise ValueError(f"{path}: {name}: expected a list of {name}, got {type(values).__name__}")
+        if not isinstance(values, list):
+            raise ValueError(f"{path}: {name}: expected a list of {name}, got {type(values).__name__}")
         got.errors += [f"{path}: {e}" for e in _head_errors(got.head)]
-    if not isinstance(values, list): raise ValueError(f"{path}: expected a JSON list of {name}, got {type(values).__name__}")
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: expected a JSON list of {name}, got {type(values).__name__}")
     got.rows = [(f"{path}: item {i}", row) for i, row in enumerate(values)]
     return got
 
@@ -135,9 +144,12 @@ def _head_errors(head):
     "What is wrong with the head of a file."
     def whole(x): return isinstance(x, int) and not isinstance(x, bool) and x >= 0
     errors = [f"{ascii(k)}: unknown key; the head has version, seed and kind" for k in head if k not in ("version", "seed", "kind")]
-    if not (whole(head.get("version")) and head["version"] in _VERSIONS): errors.append(f"version: expected {' or '.join(map(str, _VERSIONS))}, got {ascii(head.get('version'))[:40]}")
-    if head.get("seed") is not None and not whole(head["seed"]): errors.append(f"seed: expected a whole number from 0, got {ascii(head['seed'])[:40]}")
-    if head.get("kind") is not None and not isinstance(head["kind"], str): errors.append(f"kind: expected the name of a kind of world, got {ascii(head['kind'])[:40]}")
+    if not (whole(head.get("version")) and head["version"] in _VERSIONS):
+        errors.append(f"version: expected {' or '.join(map(str, _VERSIONS))}, got {ascii(head.get('version'))[:40]}")
+    if head.get("seed") is not None and not whole(head["seed"]):
+        errors.append(f"seed: expected a whole number from 0, got {ascii(head['seed'])[:40]}")
+    if head.get("kind") is not None and not isinstance(head["kind"], str):
+        errors.append(f"kind: expected the name of a kind of world, got {ascii(head['kind'])[:40]}")
     return errors
 
 def read_rows(
@@ -203,7 +215,8 @@ def name_fault(
     if not name_key(name): return "is empty, or has no letter"
     if name != " ".join(name.split()): return f"{name!r} has a space too many"
     if len(name) > LONGEST["name"]: return f"has {len(name)} characters; at most {LONGEST['name']}"
-    if odd := sorted({ch for ch in name if not (ch.isalnum() or ch in " &'.,()/+!-" or unicodedata.combining(ch))}): return f"{name!r} holds {odd[0]!r}; use letters, digits, spaces and & ' . , ( ) / + ! -"
+    if odd := sorted({ch for ch in name if not (ch.isalnum() or ch in " &'.,()/+!-" or unicodedata.combining(ch))}):
+        return f"{name!r} holds {odd[0]!r}; use letters, digits, spaces and & ' . , ( ) / + ! -"
     scripts = {unicodedata.name(ch, "?").split()[0] for ch in name if ch.isalpha()}
     return f"{name!r} mixes letters of {' and '.join(s.capitalize() for s in sorted(scripts))} that look alike" if len(scripts) > 1 else None
 
@@ -216,7 +229,8 @@ def _check_departments(c, place, seen, bad):
         at = f"departments.{i}"
         if names.index(d.name) != i: bad(f"{at}.name", f"{d.name!r} occurs twice")
         if e := seen("phone", d.phone, f"{place}: {at}"): bad(f"{at}.phone", e)
-        if not d.description.strip() or len(d.description) > LONGEST["description"]: bad(f"{at}.description", f"has {len(d.description)} characters; 1 to {LONGEST['description']}")
+        if not d.description.strip() or len(d.description) > LONGEST["description"]:
+            bad(f"{at}.description", f"has {len(d.description)} characters; 1 to {LONGEST['description']}")
         if len(set(d.auth_fields)) < len(d.auth_fields): bad(f"{at}.auth_fields", f"a field occurs twice in {', '.join(d.auth_fields)}")
         for f, g in d.alternatives.items():
             if f not in d.auth_fields: bad(f"{at}.alternatives", f"{f!r} is not among the department's fields ({', '.join(d.auth_fields)})")
@@ -228,7 +242,8 @@ def _check_routing(c, bad):
     requests = [r.request_type for r in c.routing]
     for i, r in enumerate(c.routing):
         if requests.index(r.request_type) != i: bad(f"routing.{i}.request_type", f"{r.request_type!r} occurs twice")
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", r.request_type): bad(f"routing.{i}.request_type", f"{r.request_type[:70]!r}: expected small letters, digits and underscores")
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", r.request_type):
+            bad(f"routing.{i}.request_type", f"{r.request_type[:70]!r}: expected small letters, digits and underscores")
         if len(set(r.path)) < len(r.path): bad(f"routing.{i}.after", f"the path goes to a department twice: {', '.join(r.path)}")
         for n in r.path:
             if n not in names: bad(f"routing.{i}", f"{c.name} has no department {n!r}; it has {', '.join(names)}")
@@ -321,7 +336,8 @@ def check_task(
     c, u = companies.get(t.company_id), users and users.get(t.user_id)
     if fault := id_fault(t.id): bad("id", fault)
     if t.request != t.request.strip(): bad("request", "begins or ends with a space")
-    if (size := len(t.request.encode())) > LONGEST_REQUEST: bad("request", f"has {size} bytes; at most {LONGEST_REQUEST} fit every prompt")
+    if (size := len(t.request.encode())) > LONGEST_REQUEST:
+        bad("request", f"has {size} bytes; at most {LONGEST_REQUEST} fit every prompt")
     if users is not None and t.user_id not in users: bad("user_id", f"no user {t.user_id!r}")
     if t.company_id not in companies: bad("company_id", f"no company {t.company_id!r}")
     if c is None: return out
@@ -355,7 +371,8 @@ def _check_file(path, tasks):
     splits = sorted({t.split for _, t in tasks})
     errors = [f"{path}: split: one file holds tasks of {' and '.join(splits)}"] if len(splits) > 1 else []
     own = SPLIT_OF.get(Path(path).name)
-    if own: errors += [f"{place}: split: {t.split!r}, but {Path(path).name} holds the {own} tasks" for place, t in tasks if t.split != own]
+    if own:
+        errors += [f"{place}: split: {t.split!r}, but {Path(path).name} holds the {own} tasks" for place, t in tasks if t.split != own]
     return errors
 
 def _check_versions(companies, users, heads, tasks):
@@ -366,14 +383,16 @@ def _check_versions(companies, users, heads, tasks):
         if (key in world, world.get(key)) == (key in other, other.get(key)): continue
         errors.append(f"{users}: {key}: is {other.get(key)!r}, but that of {companies} is {world.get(key)!r}; take both from one world")
     for place, t in tasks:
-        if (of := getattr(t, "world_version", 1)) != version: errors.append(f"{place}: world_version: is {of}, but that of {companies} is {version}")
+        if (of := getattr(t, "world_version", 1)) != version:
+            errors.append(f"{place}: world_version: is {of}, but that of {companies} is {version}")
     return errors
 
 def _in_order(errors, paths):
     "Errors by file and row; those of one row as they were found."
     def place(error):
         for n, path in enumerate(paths):
-            if m := re.match(re.escape(str(path)) + r"(?::(\d+)|: item (\d+))?:", error): return n, int(m[1] or m[2] or -1)
+            if m := re.match(re.escape(str(path)) + r"(?::(\d+)|: item (\d+))?:", error):
+                return n, int(m[1] or m[2] or -1)
         return len(paths), 0
     return sorted(dict.fromkeys(errors), key=place)
 
@@ -419,7 +438,8 @@ def check_folder(
     digest = hashlib.sha256(str(Path(folder).resolve()).encode())
     for path in paths.values(): digest.update(path.read_bytes() if path.is_file() else b"none")
     if digest.digest() in _FINE: return
-    if absent := [path.name for path in paths.values() if not path.exists()]: raise DataError([f"{folder}: no {', '.join(absent)}; fg-dapo data --out {folder} writes all five"])
+    if absent := [path.name for path in paths.values() if not path.exists()]:
+        raise DataError([f"{folder}: no {', '.join(absent)}; fg-dapo data --out {folder} writes all five"])
     errors = validate_files(paths["companies"], paths["users"], [paths[s] for s in SPLIT_OF.values()])
     if not errors: return _FINE.add(digest.digest())
     rest = len(errors) - most
