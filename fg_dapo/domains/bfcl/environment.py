@@ -15,6 +15,7 @@ from .episode import MAX_CALLS, MAX_STEPS_A_TURN, BfclEpisode, bfcl_feedback, bf
 from .generated import generated_demonstration, generated_scenarios
 from .package import BFCL_VERSION, BfclScenario, bfcl_folder, public_scenarios
 from .play import gold_run, start_state
+from ...env.face import one_sentence
 from ...env.seam import Reply, Task, ToolCall, Turn
 
 # %% ../../../nbs/domains/bfcl/50_environment.ipynb #f137bfea
@@ -171,7 +172,8 @@ def task_of(
 @patch
 def feedback(self:BfclEnvironment, episode:BfclEpisode, detail:str)->str|None:
     "Why a finished episode failed; `None` for a success."
-    return bfcl_feedback(episode, detail, self.secrets(task_of(episode.scenario)))
+    text = bfcl_feedback(episode, detail, self.secrets(task_of(episode.scenario)))
+    return text and one_sentence(text, 4000)
 
 @patch
 def policies(self:BfclEnvironment)->dict[str, Policy]:

@@ -21,6 +21,7 @@ from typing import Any
 from ...core import rng_for
 from fg_dapo.domains.tau2.telecom_world import (AGENT_TOOLS, PHONE_TOOLS, TelecomState, run_call, telecom_schemas,
     telecom_source)
+from ...env.face import one_sentence
 from ...env.seam import DETAILS, Outcome, Reply, Task, ToolCall, Turn
 
 # %% ../../../nbs/domains/tau2/20_telecom.ipynb #81b070f6
@@ -247,7 +248,7 @@ def _failed_calls(log)->list[str]:
         if not reply.error: continue
         answer = reply.content if isinstance(reply.content, str) else str(reply.content.get("error", ""))
         reason = re.split(r"[.;,:]? (?:Please use|available|the tools are)\b|\n", answer)[0]
-        told.append(f"{call.name or 'A call'} failed: {reason[:120].rstrip('.')}.")
+        told.append(one_sentence(f"{call.name or 'A call'} failed: {reason[:120].rstrip('.')}"))
     return list(dict.fromkeys(told))[:3]
 
 def telecom_feedback(
