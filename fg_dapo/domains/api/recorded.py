@@ -287,7 +287,6 @@ def _recorded_no_op(task:Task, episode:RecordedEpisode, rng:random.Random)->Iter
 class RecordedCalls:
     "Tasks from files of ToolBench or API-Bank."
     name, version = "api", "1"
-    floor = 0.0 # No floor can be promised for files that are not known here: `fg-dapo check` measures it
     def __init__(self,
         form:str, # One of `FORMS`
         files:Sequence[str|Path], # As the authors publish them
@@ -296,6 +295,7 @@ class RecordedCalls:
         if form not in FORMS: raise ValueError(f"no form {form!r}; there are {', '.join(FORMS)}")
         if not files: raise ValueError("no files; name those of the data set, for example files: [G1_instruction.json]")
         self.form, self.files, self.seed = form, tuple(map(str, files)), seed
+        self.floor = 1.0 if form == "toolbench" else 0.0 # Without recorded arguments, calling everything is enough
 
     @cached_property
     def _loaded(self)->tuple[dict[str, RecordedTask], dict[str, dict]]:
