@@ -14,7 +14,10 @@ from fg_dapo.evaluation import plots
 from fg_dapo.evaluation.failures import failure_counts, failure_table, failures_by_level, feedback_effect
 from fg_dapo.evaluation.metrics import (arm_iqm, behavioral, censored_ratio, compute_all_metrics, eval_stream, first_reach, holm, iqm, mean_interval, median_reach, pass_at_k, pass_hat_k,
     pass_table, seed_interval, sign_flip, stratified_bootstrap, success_rate, verdict)
-from fg_dapo.evaluation.report import build_report, example_group, final_rates, frame, load_runs, md_block, md_line, code, to_markdown, write_report
+from fg_dapo.agent.bounds import play_bounds
+from fg_dapo.world.generate import generate_world
+from fg_dapo.world.records import save_world
+from fg_dapo.evaluation.report import bounds_of_runs, build_report, example_group, final_rates, frame, load_runs, md_block, md_line, code, to_markdown, write_report
 from fg_dapo.evaluation.synthetic import synthetic_run
 
 quick = settings(deadline=None, max_examples=60)
@@ -278,11 +281,11 @@ def runs_dir(tmp_path_factory):
 def test_figures_say_what_they_show(runs_dir):
     runs = load_runs(runs_dir)
     evals, metrics = frame(runs, "evals"), frame(runs, "metrics")
-    curves = plots.learning_curves(evals, ceiling=dict(heldout=0.8))
+    curves = plots.learning_curves(evals, bounds=dict(floor=dict(heldout=0.4), ceiling=dict(heldout=0.8, all=0.9)))
     assert [a.get_title(loc="left") for a in curves.axes] == ["Training companies, new requests (n = 20)", "Held-out companies (n = 20)"]
     assert "1 seed" in curves.note and "Wilson interval over tasks, not over seeds" in curves.note
     assert [h.get_label() for h in curves.keys] == ["DAPO", "DAPO + replay (control)", "FG as in the plan", "FG + replay"]
-    assert any("rules only: 80%" in t.get_text() for t in curves.axes[1].texts) and not curves.axes[0].texts
+    assert [t.get_text() for t in curves.axes[1].texts] == ["knows nothing: 40%", "knows the rules: 80%"] and not curves.axes[0].texts
     drawn = {l.get_color() for l in curves.axes[0].lines}
     assert drawn == {c for _, c, _ in list(plots.ARMS.values())[:4]}
     bars = plots.efficiency_bars(evals)
@@ -417,6 +420,22 @@ def test_claims_need_thresholds_and_seeds(tmp_path, undrawn):
     rows = [l for l in md.splitlines() if l.endswith(("| met |", "| not met |", "| not measured |"))]
     assert [l.split("|")[-2].strip() for l in rows] == ["met", "not met", "not measured"] and "no claim" not in md
     with pytest.raises(ValueError, match="no claim 'speed'"): build_report(load_runs(tmp_path / "runs"), claims=dict(speed=1))
+
+def test_a_report_has_the_floor_and_the_ceiling_of_its_world_and_its_version(tmp_path, undrawn):
+    world = generate_world(4)
+    save_world(world, tmp_path / "data")
+    run = synthetic_run(tmp_path / "runs", "fg_replay")
+    manifest = read_json(run / "manifest.json")
+    write_json(run / "manifest.json", manifest | dict(config=manifest["config"] | dict(data=dict(folder=str(tmp_path / "data")))))
+    sections = {s.id: s for s in build_report(load_runs(run), bounds_of_runs(load_runs(run)))}
+    [bounds] = [b for b in sections["efficiency"].blocks if b.kind == "table" and b.head[0] == "policy"]
+    played = play_bounds(world, "val+test")
+    assert bounds.head == ("policy", *played["floor"]) and {"cooperative", "clarifying", "difficult", "level 5", "heldout"} < set(bounds.head)
+    assert [r[1:] for r in bounds.rows] == [tuple(f"{x:.0%}" for x in played[k].values()) for k in ("floor", "ceiling")]
+    def versions(m):
+        write_json(run / "manifest.json", m)
+        return [b.text for b in build_report(load_runs(run))[-2].blocks if b.text.startswith("World version")]
+    assert versions(manifest)[0].startswith("World version 1.") and versions(manifest | dict(world_version=2))[0].startswith("World version 2.")
 
 def test_one_arm_missing_files_and_a_run_that_was_killed(tmp_path, undrawn):
     bare = tmp_path / "bare" / "dapo-s3"

@@ -1,5 +1,6 @@
 """Findings and documents: every table by hand, nothing measured, one seed, five seeds, missing arms, and documents that are in step with the result files."""
 import json, re, shutil, struct
+from statistics import mean
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,15 @@ import fg_dapo.matrix as matrix
 from fg_dapo.cli import app, explain
 from fg_dapo.config import check_config
 from fg_dapo.core import read_json, read_jsonl
-from fg_dapo.evaluation.documents import (DOCUMENTS, INJECTED, NOT_MEASURED, THEMES, check, clean, complete, confirmations_table, decided, drawn_arms, figures_of, headline, judged, ordinal, page_of, parameters_of, pictures, related_words, render, verdict_counts,
+from fg_dapo.evaluation.documents import (DOCUMENTS, HEADLINE, INJECTED, NOT_MEASURED, THEMES, check, clean, complete, confirmations_table, decided, drawn_arms, figures_of, headline, judged, ordinal, page_of, parameters_of, pictures, related_words, render, verdict_counts,
     run_notebook, shown_by, write_document)
 from fg_dapo.evaluation.findings import (Evidence, Picture, behaviour_table, cost_of, cost_table, curve_figure, curve_points, dead_groups_table, difference_figure, difference_table, differences, effect_figure,
-    effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, invented_result, kind_words, kinds_in, level_figure, level_table, limit_table, pass_table_of, planned_runs,
+    effect_table, ending_table, episodes_of, failure_change_table, failure_figure, failure_share_table, failure_shares, gap_figure, gather, ceiling_of, group_table, hole_table, invented_result, kind_words, kinds_in, level_figure, level_table, limit_table, pass_table_of, planned_runs,
     planned_table, position_figure, ratio_table, reach_figure, reference_arm, removal, seeds_words, spent_table, told_table, tuned, tuning_table)
 from fg_dapo.evaluation.plots import COMPANIES, arm_label
 from fg_dapo.evaluation.report import md_block
+from fg_dapo.agent.bounds import play_bounds
+from fg_dapo.evaluation.metrics import check_protocol, cold_rate
 from fg_dapo.world.generate import generate_world, told_ceiling, told_chance
 from fg_dapo.evaluation.synthetic import synthetic_run
 from fg_dapo.matrix import load_results, save_result
@@ -164,9 +167,46 @@ def test_more_seeds_have_one():
 
 def test_the_ceiling_is_drawn():
     fig = curve_figure(FIVE)
-    assert [t.get_text() for ax in fig.axes for t in ax.texts] == ["ceiling: 90%", "ceiling: 80%"]
+    played = play_bounds(generate_world(200), "val+test")
+    def drawn(results): return [sorted(t.get_text() for t in ax.texts) for ax in curve_figure(results).axes]
+    floors = [f"knows nothing: {played['floor'][c]:.0%}" for c in ("training", "heldout")]
+    assert drawn(FIVE) == [[floors[0], "rules, no call first: 90%"], [floors[1], "rules, no call first: 80%", f"rules, one call first: {played['ceiling']['heldout']:.0%}"]]
     known = [dict(r, ceiling=dict(training=.9, heldout=.8, training_known=.95)) for r in FIVE]
-    assert curve_figure(known).axes[0].texts[0].get_text() == "ceiling: 95%" and ceiling_of(known[0], "seen") is None
+    assert drawn(known)[0] == [floors[0], "rules, no call first: 95%"] and ceiling_of(known[0], "seen") is None
+    assert .3 < played["floor"]["heldout"] < ceiling_of(FIVE[0], "heldout") # The floor is no small thing here
+
+def test_the_hole_by_hand():
+    played = play_bounds(generate_world(200), "val+test")
+    top = played["ceiling"]["heldout"]
+    [row] = hole_table(FIVE).rows
+    mine = [cold_rate(r, "heldout") for r in FIVE if r["arm"] == "fg_replay"]
+    assert row[:5] == ("standard-200", f"{played['floor']['all']:.0%}", f"{played['floor']['heldout']:.0%}", "80%", f"{top:.0%}")
+    assert [c.split(" ")[0] for c in row[5:]] == [f"{x:.0%}" for x in (mean(mine), mean(mine) / .8, mean(mine) / top)]
+
+def test_a_withdrawn_criterion_decides_nothing_and_says_why():
+    def withdrawn(*ids): return dict(PROTOCOL, criteria=[c | (dict(withdrawn="the world had a hole") if c["id"] in ids else {}) for c in PROTOCOL["criteria"]])
+    plain, e = evidence(FIVE), Evidence(list(FIVE), [], [], [], withdrawn("control_30", "dapo_30"))
+    before, after = ({r["id"]: r for r in judged(x)} for x in (plain, e))
+    assert {i for i in before if before[i]["verdict"] != after[i]["verdict"]} == {"control_30", "dapo_30"}
+    assert (after["control_30"]["verdict"], after["control_30"]["was"], after["control_30"]["value"]) == ("withdrawn", "not met", before["control_30"]["value"])
+    assert decided(headline(plain)) == "not met" and decided(headline(e)) == "met" and decided([after["dapo_30"]]) == "withdrawn"
+    assert verdict_counts(judged(e)).endswith(", 2 withdrawn") and "withdrawn" not in verdict_counts(judged(plain))
+    body = render("RESULTS.md", page_of("RESULTS.md", e))
+    assert "Withdrawn, first confirmation: Rollouts to 30%, the control." in body and "it was not met; withdrawn because the world had a hole" in body
+    for bad in ("", "  ", None, True):
+        with pytest.raises(ValueError, match="'dapo_30': 'withdrawn' is"): check_protocol(dict(PROTOCOL, criteria=[dict(PROTOCOL["criteria"][0], withdrawn=bad)]))
+
+def test_what_was_withdrawn_is_said_in_every_document_that_shows_it():
+    ev = committed()
+    got = {h: {r["id"]: r for r in judged(e) if r["verdict"] == "withdrawn"} for h, e in (dict(confirm_1=ev) | ev.later).items()}
+    assert {h: list(rs) for h, rs in got.items() if rs} == dict(confirm_1=["plan_within"], confirm_5=["cold_heldout"])
+    assert all(c["ours"] != "fg_plan" or c.get("withdrawn") for e in (ev, *ev.later.values()) for c in e.protocol["criteria"] if "ours" in c) # No criterion is about it
+    [row] = [r for r in hole_table(ev.later["confirm_5"].confirm).rows]
+    assert row[-2:] == ("93% (91 to 95)", "82% (80 to 84)")
+    for path in ("RESULTS.md", "paper_outline.md"):
+        body = (EXPERIMENTS / path).read_text()
+        assert body.count("Withdrawn, ") == 2 and " | ".join(row) in body
+    assert "What was withdrawn afterwards" in (EXPERIMENTS / "PROTOCOL.md").read_text()
 
 def test_censored_bars_are_marked():
     fig = reach_figure(FIVE, PROTOCOL)
@@ -354,9 +394,14 @@ def test_committed_figures_are_small():
 
 # Documents in step
 
+README_WORDS = 2000 # Tables counted, whose bars are words here
+
 def test_the_readme_says_what_the_result_files_say():
     ev, readme = committed(), (ROOT / "README.md").read_text()
-    assert md_block(confirmations_table(ev, ("issue", "easy world"))) in readme
+    assert md_block(confirmations_table(ev, ids=HEADLINE)) in readme and {c for e in (ev, *ev.later.values()) for c in (x["id"] for x in e.protocol["criteria"])} >= set(HEADLINE)
+    hole = hole_table([r for e in (ev, *ev.later.values()) for r in e.confirm if r["world"]["kind"] == "standard"])
+    assert len(hole.rows) == 5 and all("| " + " | ".join(row) + " |" in readme for row in hole.rows)
+    assert "withdrawn" in readme and len(readme.split()) <= README_WORDS
     for heap, e in (dict(confirm_1=ev) | ev.later).items():
         rows = judged(e)
         assert f"- The {ordinal(heap)}: of {len(rows)} criteria {verdict_counts(rows)}. {complete(e).text}" in readme

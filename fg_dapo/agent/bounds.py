@@ -43,7 +43,7 @@ def _call_first(
     phones = {d["name"]: d["phone"] for d in found[0].data["departments"]}
     path, wants = list(believed), dict(believed)
     heard = (yield call("make_phone_call", phone_number=phones[path[0]], auth_info={}))[0].call
-    if heard.auth.missing: wants[path[0]] = (heard.auth.missing, heard.auth.offered)
+    if heard is not None and heard.auth is not None and heard.auth.missing: wants[path[0]] = (heard.auth.missing, heard.auth.offered)
     fields = _ask(wants, path)
     if fields and len(set(in_use) - set(fields)) <= patience: fields = in_order({*fields, *in_use})
     if not fields: return # It knows of nothing to ask for
@@ -62,11 +62,12 @@ COMMON_WORDS = {
 
 def guessed_department(
     request:str, # The user's words
-    names, # Departments of the company
+    names:list[str], # Departments of the company
 )->str:
     "Whom somebody would call who only reads the request."
     said = set(request.lower().replace(",", " ").replace(".", " ").split())
-    return next((d for d, words in COMMON_WORDS.items() if d in names and said & set(words.split())), "Customer Service")
+    return next((d for d, words in COMMON_WORDS.items() if d in names and said & set(words.split())),
+        "Customer Service" if "Customer Service" in names else names[0])
 
 def knows_nothing(scenario:Scenario, rng)->Iterator[Turn]:
     "Knows no rule and no company; guesses a department and calls it first."
@@ -77,7 +78,7 @@ def knows_rules(scenario:Scenario, rng, kind:str="standard")->Iterator[Turn]:
     "Knows every rule of its kind of world, and calls first where that may tell an exception."
     company, rules = scenario.company, kind_named(kind)
     path = rule_path(scenario.task.request_type, company.industry, tuple(d.name for d in company.departments))
-    wants = {d: (rules.requirements[company.industry, d], rules.alternatives.get((company.industry, d), {})) for d in path}
+    wants = {d: (rules.requirements.get((company.industry, d), ()), rules.alternatives.get((company.industry, d), {})) for d in path}
     patience = min(TOLERANCE[b] for b, users in zip(BEHAVIORS, rules.behaviors) if users)
     return _call_first(scenario, wants, rules.fields, patience) if wants else knows_nothing(scenario, rng)
 

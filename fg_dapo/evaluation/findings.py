@@ -6,14 +6,14 @@
 __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'TOLD_ARMS', 'MARGIN', 'PLANNED', 'TOGETHER', 'Evidence',
            'planned_runs', 'gather', 'invented_result', 'in_worlds', 'in_arms', 'kinds_in', 'kind_words', 'main_kind',
            'groups_of', 'purpose_of', 'seeds_words', 'interval_words', 'note_of', 'rate_of', 'after_feedback',
-           'ceiling_of', 'episodes_of', 'curve_points', 'windows', 'positions_of', 'failure_shares', 'kinds_by_share',
-           'effect_of', 'panels', 'Picture', 'curve_figure', 'reach_figure', 'position_figure', 'gap_figure',
-           'level_figure', 'failure_figure', 'effect_figure', 'settings_of', 'changed_settings', 'change_words',
-           'reference_arm', 'differences', 'difference_figure', 'ending_table', 'limit_table', 'level_table', 'told_in',
-           'told_table', 'spent_table', 'ratio_table', 'group_table', 'points', 'difference_table',
-           'failure_share_table', 'effect_table', 'removal', 'failure_change_table', 'pass_table_of', 'behaviour_table',
-           'cost_of', 'cost_table', 'dead_groups_table', 'judged_over', 'tenths', 'tuned', 'tuning_table',
-           'changes_only', 'planned_table']
+           'ceiling_of', 'bounds_of', 'episodes_of', 'curve_points', 'windows', 'positions_of', 'failure_shares',
+           'kinds_by_share', 'effect_of', 'panels', 'Picture', 'curve_figure', 'reach_figure', 'position_figure',
+           'gap_figure', 'level_figure', 'failure_figure', 'effect_figure', 'settings_of', 'changed_settings',
+           'change_words', 'reference_arm', 'differences', 'difference_figure', 'ending_table', 'limit_table',
+           'level_table', 'study_world', 'told_in', 'played_in', 'share_of', 'hole_table', 'told_table', 'spent_table',
+           'ratio_table', 'group_table', 'points', 'difference_table', 'failure_share_table', 'effect_table', 'removal',
+           'failure_change_table', 'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table',
+           'judged_over', 'tenths', 'tuned', 'tuning_table', 'changes_only', 'planned_table']
 
 # %% ../../nbs/evaluation/50_findings.ipynb #17603aea
 import re
@@ -36,7 +36,9 @@ from .metrics import (ablation_table, area, by_position, censored_ratio, check_p
     reach_table, seed_interval, success_rate)
 from .plots import COMPANIES, INTERVALS, THRESHOLDS, arm_label, arm_styles, sort_arms
 from .report import LEDGER, Block, claim_value, flatten, num, pct, plural, ratio_text, reach_text, table, with_interval
+from ..agent.bounds import play_bounds
 from ..world.generate import generate_world, told_ceiling, told_chance
+from ..world.records import World
 
 # %% ../../nbs/evaluation/50_findings.ipynb #850af27e
 HEAPS = dict(confirm="confirmation", explore="exploration", ablate="exploration", tune="exploration") # Heap to the purpose of its results
@@ -197,9 +199,16 @@ def after_feedback(results)->dict: # As `seed_interval`
     return seed_interval([next((f.get("acc") for f in r.get("final") or [] if f.get("mode") == "feedback"), None) for r in results])
 
 def ceiling_of(result, companies:str)->float|None: # `None` where there is none, as for what was seen in training
-    "What can be known of a world on a kind of task: its rules, and on training companies what training tasks reveal, where that was worked out."
+    "What can be known of a world on a kind of task without a call before the form: its rules, and on training companies what training tasks reveal, where that was worked out."
     c = result.get("ceiling") or {}
     return c.get(f"{companies}_known", c.get(companies))
+
+def bounds_of(result, companies:str)->dict[str, float]: # Label to success; for `plots.bound_lines`
+    "The floor and the ceilings of a result's world on a kind of task."
+    w = result["world"]
+    played = played_in(w["kind"], w["seed"])
+    out = {"knows nothing": played["floor"][companies], "rules, no call first": ceiling_of(result, companies)}
+    return out | ({"rules, one call first": played["ceiling"][companies]} if companies == "heldout" else {})
 
 def episodes_of(
     results,
@@ -295,7 +304,7 @@ def _errors(i): return None if i["low"] is None else [[i["mean"] - i["low"]], [i
 def curve_figure(
     results, # Of any number of worlds, arms and seeds
 )->Figure|None: # `None` without an evaluation
-    "Cold start while training, one panel a world and kind of task, with the world's ceiling."
+    "Cold start while training, one panel a world and kind of task, with the world's floor and ceilings."
     results = [r for r in results if eval_stream(r.get("evals", []))]
     if not results: return None
     worlds, kinds, styles, drawn, counts = in_worlds(results), kinds_in(results), arm_styles(r["arm"] for r in results), [], []
@@ -304,9 +313,7 @@ def curve_figure(
             rs, (name, acc, n) = worlds[world], COMPANIES[where]
             for arm, mine in in_arms(rs).items(): drawn += plots._line(ax, curve_points(mine, acc), color=styles[arm][0], marker=styles[arm][1])
             counts += [e[n] for r in rs for e in eval_stream(r["evals"]) if e.get(n)]
-            if (c := ceiling_of(rs[0], where)) is not None:
-                ax.axhline(c, color="#333333", lw=1, ls=(0, (4, 3)))
-                ax.text(1, c + 0.01, f"ceiling: {c:.0%}", transform=ax.get_yaxis_transform(), ha="right", fontsize=8.5)
+            if (c := ceiling_of(rs[0], where)) is not None: plots.bound_lines(ax, bounds_of(rs[0], where))
             ax.set_title(f"{world}\n{name}", fontsize=10)
             plots._spent(ax, "training rollouts")
             plots._percent(ax, "cold-start success" if where == kinds[0] else "")
@@ -586,9 +593,37 @@ def level_table(results, companies:str="training")->Block:
 TOLD_ARMS = ("oracle", "oracle_long", "oracle_sharp", "fg_replay", "fg_reading", "fg_sharp") # Shown beside what the training plans tell, where they were run
 
 @cache
+def study_world(kind:str, seed:int)->World:
+    "The world of a result file. All that are kept here are of the first version of the world, whose departments tell an unverified caller what they want."
+    return generate_world(seed, kind)
+
+@cache
 def told_in(kind:str, seed:int)->tuple[dict, dict]: # `told_ceiling` and `told_chance` of a world
-    world = generate_world(seed, kind)
+    world = study_world(kind, seed)
     return told_ceiling(world), told_chance(world)
+
+@cache
+def played_in(kind:str, seed:int)->dict: # As `play_bounds`, over validation and test tasks
+    "What the floor's policy and the ceiling's reach in a world, played."
+    return play_bounds(study_world(kind, seed), "val+test")
+
+def share_of(results, companies:str, of:float)->dict: # As `seed_interval`
+    "Success at the end as a share of a number that all runs share."
+    return seed_interval([None if (v := cold_rate(r, companies)) is None else v / of for r in results])
+
+def hole_table(results, ours:str="fg_replay")->Block:
+    "What the hole of the world's first version is worth: two policies that call first, played, beside the ceiling as it was and the end of ours on held-out companies."
+    rows, used = [], []
+    for world, rs in in_worlds(results).items():
+        w, old, mine = rs[0]["world"], ceiling_of(rs[0], "heldout"), in_arms(rs).get(ours, [])
+        played = played_in(w["kind"], w["seed"])
+        top = played["ceiling"]["heldout"]
+        cells = [rate_of(mine, "heldout"), rate_of(mine, "heldout", of_ceiling=True), share_of(mine, "heldout", top)]
+        used += cells
+        rows.append([world, pct(played["floor"]["all"]), pct(played["floor"]["heldout"]), pct(old), pct(top), *map(with_interval, cells)])
+    head = ["world", "knows nothing, all tasks", "knows nothing, held-out", "rules, no call first, held-out (the ceiling as it was)", "rules, one call first, held-out",
+        f"{arm_label(ours)}, held-out", "as a share of the ceiling as it was", "as a share of the rules with a call first"]
+    return table(head, rows, f"Knows nothing: guesses a department from common words of the request, and calls it first. Rules: routes and fields by the rules, and no exception of a company but what the one call tells. Both are played on validation and test tasks. In brackets: {interval_words(used)}. {note_of(results)}.")
 
 def told_table(results)->Block:
     "What can be solved at new requests and companies by going by the training plans, and what the last checkpoints solve there."

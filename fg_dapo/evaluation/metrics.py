@@ -462,7 +462,7 @@ MEASURES = dict( # Of results, a criterion and the protocol: value, low, high, n
     nothing=lambda rs, c, p: dict(value=None, low=None, high=None, n=0, note=c.get("why", "")))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #a28bda18
-CRITERION = dict(required={"id", "group", "text", "measure"}, optional={"ours", "reference", "of", "to", "world", "companies", "levels", "of_ceiling", "at_least", "at_most", "above", "cores", "why"})
+CRITERION = dict(required={"id", "group", "text", "measure"}, optional={"ours", "reference", "of", "to", "world", "companies", "levels", "of_ceiling", "at_least", "at_most", "above", "cores", "why", "withdrawn"})
 
 def check_protocol(
     protocol:dict, # As read from experiments/protocol.yaml
@@ -477,21 +477,24 @@ def check_protocol(
         if extra := sorted(set(c) - CRITERION["required"] - CRITERION["optional"]): raise ValueError(f"criterion {name!r}: unknown key {extra[0]!r}; there are {', '.join(sorted(CRITERION['required'] | CRITERION['optional']))}")
         if c["measure"] not in MEASURES: raise ValueError(f"criterion {name!r}: no measure {c['measure']!r}; there are {', '.join(MEASURES)}")
         if c["measure"] not in ("overlap", "nothing", "hours") and "at_least" not in c: raise ValueError(f"criterion {name!r} has no 'at_least', the number that decides")
+        if "withdrawn" in c and not (isinstance(c["withdrawn"], str) and c["withdrawn"].strip()): raise ValueError(f"criterion {name!r}: 'withdrawn' is {c['withdrawn']!r}; say why it is withdrawn")
         if name in seen: raise ValueError(f"criterion {name!r} is there twice")
         seen.add(name)
 
 def claims(
     results:list[dict], # Result files of the confirming runs
     protocol:dict, # As read from experiments/protocol.yaml
-)->list[dict]: # One row a criterion: id, group, text, measure, value, low, high, bound, n, at_least, above, verdict, note
-    "What the protocol's criteria come to: met, not met or not measured."
+)->list[dict]: # One row a criterion: id, group, text, measure, value, low, high, bound, n, at_least, above, verdict, note, was
+    "What the protocol's criteria come to: met, not met, not measured, or withdrawn; `was` is what a withdrawn one came to."
     check_protocol(protocol)
     if wrong := sorted({r["purpose"] for r in results if r.get("purpose", "confirmation") != "confirmation"}): raise ValueError(f"results of an {wrong[0]} decide nothing; give those of the confirmation")
     rows = []
     for c in protocol["criteria"]:
         m = dict(bound=None, note="") | MEASURES[c["measure"]](results, c, protocol)
         decided = m.pop("verdict", None) or verdict(c.get("at_least", 0), m["value"], m["low"], m["n"], m["bound"], c.get("above"), protocol["min_seeds"])
-        rows.append(dict(id=c["id"], group=c["group"], text=c["text"], measure=c["measure"], at_least=c.get("at_least"), at_most=c.get("at_most"), above=c.get("above"), **m, verdict=decided))
+        was = decided
+        if why := c.get("withdrawn"): decided, m = "withdrawn", m | dict(note="; ".join(x for x in (m["note"], f"it was {was}; withdrawn because {why}") if x))
+        rows.append(dict(id=c["id"], group=c["group"], text=c["text"], measure=c["measure"], at_least=c.get("at_least"), at_most=c.get("at_most"), above=c.get("above"), **m, verdict=decided, was=was))
     return rows
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #97a36779

@@ -6,10 +6,10 @@
 __all__ = ['CAPTIONS', 'QUESTION', 'CLAIMS', 'LEDGER', 'CSS', 'HTML', 'Run', 'load_run', 'load_runs', 'frame', 'Block', 'Section',
            'text', 'items', 'code', 'table', 'figure', 'section', 'pct', 'num', 'with_interval', 'reach_text', 'plural',
            'final_rates', 'compare', 'ratio_text', 'main_arms', 'caveat', 'warnings', 'arm_card', 'answer',
-           'comparison', 'claims_section', 'claim_value', 'claims_table', 'cost', 'efficiency', 'within', 'levels',
-           'aggregate', 'failures', 'with_feedback', 'reliability', 'example_group', 'outcome', 'example', 'flatten',
-           'settings', 'provenance', 'how_to_read', 'md_escape', 'md_line', 'md_block', 'to_markdown', 'to_html',
-           'build_report', 'ceiling_of', 'write_report']
+           'comparison', 'claims_section', 'claim_value', 'claims_table', 'cost', 'world_versions', 'bounds_table',
+           'efficiency', 'within', 'levels', 'aggregate', 'failures', 'with_feedback', 'reliability', 'example_group',
+           'outcome', 'example', 'flatten', 'settings', 'provenance', 'how_to_read', 'md_escape', 'md_line', 'md_block',
+           'to_markdown', 'to_html', 'build_report', 'bounds_of_runs', 'write_report']
 
 # %% ../../nbs/evaluation/40_report.ipynb #85d3456b
 import base64, dataclasses, re
@@ -20,7 +20,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from ..world.generate import rules_ceiling
+from ..agent.bounds import play_bounds
 from ..world.records import DataError, load_world
 from ..core import atomic_write, read_json, read_jsonl, write_json
 from . import plots
@@ -169,7 +169,10 @@ def plural(n:int, word:str)->str: return f"{n:,} {word}" + ("" if n == 1 else "s
 CAPTIONS = dict(
     ratio="'At least': the reference had not reached it when its budget ended. 'Undetermined': ours had not, or both were there before training.",
     curves="Each point is an evaluation without feedback in the prompt.",
-    ceiling=" The dashed line is the best that a policy reaches that knows only the rules of the world, not its exceptions.",
+    bounds=" The dashed lines are played. Floor: a policy that knows nothing of the world, guesses a department from the request and calls it first. Ceiling: one that "
+        "knows the rules of the world and no company's exceptions, and calls first, too.",
+    played="Played on the validation and test tasks, by kind of company, level and the user's behaviour. Floor: knows nothing. Ceiling: knows the rules.",
+    version="The version of the world's rules. In version 1 a department tells an unverified caller what it wants, so the floor is high; results of different versions do not compare.",
     reach="training rollouts to a cold-start success, median over seeds. '>': not reached, the number is the budget.",
     cost="Training only. Filtered: rollouts of groups without a difference to learn from. Failed: rollouts that broke. Re-run: episodes of the "
          "environment that replayed a solved plan, without sampling. Trials: of these, plans that were tried and trained nothing. Seconds are wall-clock seconds of this machine.",
@@ -331,10 +334,22 @@ def cost(runs, metrics)->Section|None:
         table(["arm", "seed", "step", *LEDGER.values(), "peak MB"], rows, CAPTIONS["cost"]),
         figure(plots.seconds_split(metrics), "seconds", "Mean seconds of a training step."))
 
-def efficiency(evals, ceiling)->Section|None:
+def world_versions(runs)->list[str]: # Such as '1'
+    "The versions of the world that runs were made in; a run that does not say is of the first."
+    def version(r): return r.manifest.get("world_version") or next((e["world_version"] for e in reversed(r.evals) if e.get("world_version")), 1)
+    return sorted({str(version(r)) for r in runs})
+
+def bounds_table(bounds:dict|None)->Block|None: # `None` without bounds
+    "What the floor's and the ceiling's policy reach, part by part."
+    if not bounds: return None
+    parts = list(dict.fromkeys(p for of in bounds.values() for p in of))
+    rows = [[f"{name}: {plots.BOUNDS[name]}", *(pct(of.get(p)) for p in parts)] for name, of in bounds.items()]
+    return table(["policy", *parts], rows, CAPTIONS["played"])
+
+def efficiency(evals, bounds)->Section|None:
     "Learning curves, and rollouts to each threshold."
     if not len(plots.pick_stream(evals)): return None
-    blocks = [figure(plots.learning_curves(evals, ceiling), "learning_curves", CAPTIONS["curves"] + (CAPTIONS["ceiling"] if ceiling else ""))]
+    blocks = [figure(plots.learning_curves(evals, bounds), "learning_curves", CAPTIONS["curves"] + (CAPTIONS["bounds"] if bounds else "")), bounds_table(bounds)]
     for where, (name, _, n) in plots.kinds_of(plots.pick_stream(evals)).items():
         got = reaches(evals, where)
         rows = [[arm_label(a), *(reach_text(median_reach(s.values())) for s in got[a].values())] for a in got]
@@ -499,6 +514,7 @@ def provenance(runs)->Section:
     return section("provenance", "Provenance",
         text(f"The runs differ in {', '.join(mixed)}: they are not strictly comparable.", "note") if mixed else None,
         table(["arm", "seeds"], [[arm_label(a), ", ".join(str(r.seed) for r in runs if r.arm == a)] for a in sort_arms(r.arm for r in runs)]),
+        text(f"World version {', '.join(world_versions(runs))}. {CAPTIONS['version']}"),
         table(["what", "version"], [["commit", ", ".join(commits) + dirty], *([k, ", ".join(v)] for k, v in used.items())]),
         code("commands", "\n".join(a for a in argv if a)) if any(argv) else None)
 
@@ -624,34 +640,34 @@ def to_html(title:str, sections:list[Section], colors:dict[str, str])->str: # Co
 # %% ../../nbs/evaluation/40_report.ipynb #899fc74f
 def build_report(
     runs:list[Run],
-    ceiling:dict|None=None, # Success that knowing only the rules reaches, by 'training' and 'heldout'
+    bounds:dict|None=None, # As `agent.bounds.play_bounds`: success of the floor's and of the ceiling's policy, part by part
     claims:dict|None=None, # Claim (see `CLAIMS`) to the threshold written down before the run
 )->list[Section]:
     "The sections of the report on some runs."
     evals, metrics, eval_rollouts = frame(runs, "evals"), frame(runs, "metrics"), frame(runs, "eval_rollouts")
-    parts = [answer(runs, evals), claims_section(runs, evals, claims), efficiency(evals, ceiling) if len(evals) else None, cost(runs, metrics),
+    parts = [answer(runs, evals), claims_section(runs, evals, claims), efficiency(evals, bounds) if len(evals) else None, cost(runs, metrics),
         within(metrics), levels(evals), failures(evals, eval_rollouts), with_feedback(evals, eval_rollouts), reliability(eval_rollouts),
         example(runs), settings(runs), provenance(runs), how_to_read(runs)]
     return [p for p in parts if p]
 
-def ceiling_of(
+def bounds_of_runs(
     runs:list[Run],
 )->dict|None: # `None` when the runs do not share a world, or its files are not there
-    "What the rules alone reach in the world the runs were made in."
+    "The floor and the ceiling of the world the runs were made in, played."
     folders = {r.manifest.get("config", {}).get("data", {}).get("folder") for r in runs}
-    try: return rules_ceiling(load_world(folders.pop())) if len(folders) == 1 and None not in folders else None
+    try: return play_bounds(load_world(folders.pop()), "val+test") if len(folders) == 1 and None not in folders else None
     except DataError: return None
 
 def write_report(
     run_dirs, # Run folders, or folders that hold them
     out_dir:str|Path, # Where report.html, report.md, figures/ and metrics.json go
     title:str="Feedback-guided DAPO: report",
-    ceiling:dict|None=None, # Success that knowing only the rules reaches, by 'training' and 'heldout'; worked out from the runs' own data when left out
+    bounds:dict|None=None, # As `agent.bounds.play_bounds`; played in the runs' own world when left out
     claims:dict|None=None, # Claim (see `CLAIMS`) to the threshold written down before the run
 )->Path: # The HTML page
     "Write the report on some runs, in Markdown and as one HTML page."
     runs, out = load_runs(run_dirs), Path(out_dir)
-    sections = build_report(runs, ceiling or ceiling_of(runs), claims)
+    sections = build_report(runs, bounds or bounds_of_runs(runs), claims)
     for b in (b for s in sections for b in s.blocks if b.kind == "figure"): atomic_write(out / "figures" / f"{b.name}.png", b.png)
     write_json(out / "metrics.json", {f"{shown_text(r.arm)}-s{r.seed}": compute_all_metrics(dict(evals=r.evals, rollouts=r.eval_rollouts)) for r in runs})
     atomic_write(out / "report.md", to_markdown(title, sections))
