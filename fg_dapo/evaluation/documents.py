@@ -85,7 +85,7 @@ def ordinal(heap:str)->str: # confirm_2: second
 
 def protocol_name(heap:str)->str: return f"protocol{heap.removeprefix('confirm')}.yaml"
 
-HEADLINE = ("dapo_50", "control_50", "observed_control_50", "cold_seen", "cold_training", "cold_heldout", "shuffled_is_control", "easy_dapo", "control_50_trials") # What the README shows
+HEADLINE = ("dapo_50", "control_50", "observed_control_50", "cold_seen", "cold_training", "cold_heldout") # What the README shows
 
 def confirmations_table(
     ev:Evidence,
@@ -426,7 +426,7 @@ def withdrawn_words(ev:Evidence)->list[str]:
 def hole_section(ev:Evidence)->Section:
     "What the hole in the world's first version is worth, and what no longer stands."
     confirmed = [r for e in (ev, *ev.later.values()) for r in e.confirm]
-    return section("hole", "The hole in the world, and what no longer stands", *map(text, HOLE), _words(withdrawn_words(ev)), hole_table(confirmed) if confirmed else text(NOT_MEASURED, "note"))
+    return section("hole", "The hole in the world, and what no longer stands", *map(text, HOLE), _words(withdrawn_words(ev)), hole_table(confirmed) if confirmed else None)
 
 # %% ../../nbs/evaluation/60_documents.ipynb #c38ca53f
 RELATED = dict( # Arm to what it stands for

@@ -6,14 +6,15 @@
 __all__ = ['HEAPS', 'MAX_PNG', 'PARTS', 'BECAME', 'APART', 'TOLD_ARMS', 'MARGIN', 'PLANNED', 'TOGETHER', 'Evidence',
            'planned_runs', 'gather', 'invented_result', 'in_worlds', 'in_arms', 'kinds_in', 'kind_words', 'main_kind',
            'groups_of', 'purpose_of', 'seeds_words', 'interval_words', 'note_of', 'rate_of', 'after_feedback',
-           'ceiling_of', 'bounds_of', 'episodes_of', 'curve_points', 'windows', 'positions_of', 'failure_shares',
-           'kinds_by_share', 'effect_of', 'panels', 'Picture', 'curve_figure', 'reach_figure', 'position_figure',
-           'gap_figure', 'level_figure', 'failure_figure', 'effect_figure', 'settings_of', 'changed_settings',
-           'change_words', 'reference_arm', 'differences', 'difference_figure', 'ending_table', 'limit_table',
-           'level_table', 'study_world', 'told_in', 'played_in', 'share_of', 'hole_table', 'told_table', 'spent_table',
-           'ratio_table', 'group_table', 'points', 'difference_table', 'failure_share_table', 'effect_table', 'removal',
-           'failure_change_table', 'pass_table_of', 'behaviour_table', 'cost_of', 'cost_table', 'dead_groups_table',
-           'judged_over', 'tenths', 'tuned', 'tuning_table', 'changes_only', 'planned_table']
+           'ceiling_of', 'study_world', 'played_in', 'bounds_of', 'episodes_of', 'curve_points', 'windows',
+           'positions_of', 'failure_shares', 'kinds_by_share', 'effect_of', 'panels', 'Picture', 'curve_figure',
+           'reach_figure', 'position_figure', 'gap_figure', 'level_figure', 'failure_figure', 'effect_figure',
+           'settings_of', 'changed_settings', 'change_words', 'reference_arm', 'differences', 'difference_figure',
+           'ending_table', 'limit_table', 'level_table', 'told_in', 'share_of', 'hole_table', 'told_table',
+           'spent_table', 'ratio_table', 'group_table', 'points', 'difference_table', 'failure_share_table',
+           'effect_table', 'removal', 'failure_change_table', 'pass_table_of', 'behaviour_table', 'cost_of',
+           'cost_table', 'dead_groups_table', 'judged_over', 'tenths', 'tuned', 'tuning_table', 'changes_only',
+           'planned_table']
 
 # %% ../../nbs/evaluation/50_findings.ipynb #17603aea
 import re
@@ -202,6 +203,16 @@ def ceiling_of(result, companies:str)->float|None: # `None` where there is none,
     "What can be known of a world on a kind of task without a call before the form: its rules, and on training companies what training tasks reveal, where that was worked out."
     c = result.get("ceiling") or {}
     return c.get(f"{companies}_known", c.get(companies))
+
+@cache
+def study_world(kind:str, seed:int)->World:
+    "The world of a result file. All that are kept here are of the first version of the world, whose departments tell an unverified caller what they want."
+    return generate_world(seed, kind)
+
+@cache
+def played_in(kind:str, seed:int)->dict: # As `play_bounds`, over validation and test tasks
+    "What the floor's policy and the ceiling's reach in a world, played."
+    return play_bounds(study_world(kind, seed), "val+test")
 
 def bounds_of(result, companies:str)->dict[str, float]: # Label to success; for `plots.bound_lines`
     "The floor and the ceilings of a result's world on a kind of task."
@@ -593,19 +604,9 @@ def level_table(results, companies:str="training")->Block:
 TOLD_ARMS = ("oracle", "oracle_long", "oracle_sharp", "fg_replay", "fg_reading", "fg_sharp") # Shown beside what the training plans tell, where they were run
 
 @cache
-def study_world(kind:str, seed:int)->World:
-    "The world of a result file. All that are kept here are of the first version of the world, whose departments tell an unverified caller what they want."
-    return generate_world(seed, kind)
-
-@cache
 def told_in(kind:str, seed:int)->tuple[dict, dict]: # `told_ceiling` and `told_chance` of a world
     world = study_world(kind, seed)
     return told_ceiling(world), told_chance(world)
-
-@cache
-def played_in(kind:str, seed:int)->dict: # As `play_bounds`, over validation and test tasks
-    "What the floor's policy and the ceiling's reach in a world, played."
-    return play_bounds(study_world(kind, seed), "val+test")
 
 def share_of(results, companies:str, of:float)->dict: # As `seed_interval`
     "Success at the end as a share of a number that all runs share."
