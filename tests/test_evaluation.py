@@ -17,7 +17,7 @@ from fg_dapo.evaluation.metrics import (arm_iqm, behavioral, censored_ratio, com
 from fg_dapo.agent.bounds import play_bounds
 from fg_dapo.world.generate import generate_world
 from fg_dapo.world.records import save_world
-from fg_dapo.evaluation.report import bounds_of_runs, build_report, example_group, final_rates, frame, load_runs, md_block, md_line, code, to_markdown, write_report
+from fg_dapo.evaluation.report import bounds_of_runs, build_report, example_group, final_rates, frame, load_runs, md_block, md_line, users_table, code, to_markdown, write_report
 from fg_dapo.evaluation.synthetic import synthetic_run
 
 quick = settings(deadline=None, max_examples=60)
@@ -436,6 +436,17 @@ def test_a_report_has_the_floor_and_the_ceiling_of_its_world_and_its_version(tmp
         write_json(run / "manifest.json", m)
         return [b.text for b in build_report(load_runs(run))[-2].blocks if b.text.startswith("World version")]
     assert versions(manifest)[0].startswith("World version 1.") and versions(manifest | dict(world_version=2))[0].startswith("World version 2.")
+
+def test_success_is_told_apart_by_the_users_behaviour(tmp_path, undrawn):
+    run = synthetic_run(tmp_path / "runs", "fg_replay")
+    rows = frame(load_runs(run), "eval_rollouts")
+    shown = users_table(rows[rows["mode"] == "cold"])
+    assert shown.head == ("arm", "clarifying", "cooperative", "difficult")
+    for kind, cell in zip(shown.head[1:], shown.rows[0][1:]):
+        some = [r["acc"] for r in load_runs(run)[0].eval_rollouts if r["mode"] == "cold" and r["behavior"] == kind]
+        w = success_rate(sum(some), len(some))
+        assert cell == f"{w['rate']:.0%} ({100 * w['low']:.0f} to {100 * w['high']:.0f}), n = {len(some)}"
+    assert users_table(rows.drop(columns="behavior")) is None and "| arm | clarifying | cooperative | difficult |" in to_markdown("t", build_report(load_runs(run)))
 
 def test_one_arm_missing_files_and_a_run_that_was_killed(tmp_path, undrawn):
     bare = tmp_path / "bare" / "dapo-s3"

@@ -517,7 +517,7 @@ def rollout_row(
 )->dict:
     "A rollout as one line of `rollouts.jsonl`."
     r, task, p = s.rollout, s.rollout.job.scenario.task, s.result["partial_scores"]
-    return dict(group=s.group, task_id=task.id, level=task.level, heldout=task.heldout, position=s.position, guided=s.guided, prompt_feedback=r.job.feedback or None,
+    return dict(group=s.group, task_id=task.id, level=task.level, heldout=task.heldout, behavior=r.job.scenario.user.behavior, position=s.position, guided=s.guided, prompt_feedback=r.job.feedback or None,
         transcript=r.text, score=s.result["score"], acc=s.result["acc"], failure=s.result["failure"], feedback=s.result["feedback"], tokens=r.tokens,
         tool_calls=int(p["tool_calls"]), bad_calls=int(p["bad_calls"]), partial_scores=p, order_ok=p["order_ok"], best_tool_calls=p["best_tool_calls"], **more)
 

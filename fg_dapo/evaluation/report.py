@@ -7,9 +7,9 @@ __all__ = ['CAPTIONS', 'QUESTION', 'CLAIMS', 'LEDGER', 'CSS', 'HTML', 'Run', 'lo
            'text', 'items', 'code', 'table', 'figure', 'section', 'pct', 'num', 'with_interval', 'reach_text', 'plural',
            'final_rates', 'compare', 'ratio_text', 'main_arms', 'caveat', 'warnings', 'arm_card', 'answer',
            'comparison', 'claims_section', 'claim_value', 'claims_table', 'cost', 'world_versions', 'bounds_table',
-           'efficiency', 'within', 'levels', 'aggregate', 'failures', 'with_feedback', 'reliability', 'example_group',
-           'outcome', 'example', 'flatten', 'settings', 'provenance', 'how_to_read', 'md_escape', 'md_line', 'md_block',
-           'to_markdown', 'to_html', 'build_report', 'bounds_of_runs', 'write_report']
+           'efficiency', 'within', 'levels', 'aggregate', 'failures', 'with_feedback', 'users_table', 'reliability',
+           'example_group', 'outcome', 'example', 'flatten', 'settings', 'provenance', 'how_to_read', 'md_escape',
+           'md_line', 'md_block', 'to_markdown', 'to_html', 'build_report', 'bounds_of_runs', 'write_report']
 
 # %% ../../nbs/evaluation/40_report.ipynb #85d3456b
 import base64, dataclasses, re
@@ -185,6 +185,7 @@ CAPTIONS = dict(
     gain="One attempt; if it fails, one more that reads its feedback. A second attempt alone helps a little, too: the gain is not all due to the words.",
     effect="What became of each kind of first failure after its feedback; 95% Wilson intervals.",
     passes="pass@k: at least one of k attempts succeeds. pass^k: all of them do. Cold start, averaged over tasks.",
+    users="Cold-start episodes of the final evaluation, by how much the user puts up with: a cooperative one two superfluous fields on the form, a clarifying one one, a difficult one none.",
     behaviour="Cold-start episodes of the final evaluation. Efficiency: the fewest calls that solve the task, over the calls made, among the solved.",
 )
 QUESTION = ("Does showing a policy its own failures in words, to later rollouts of the same training group, make the policy without feedback (cold start) "
@@ -427,6 +428,18 @@ def with_feedback(evals, rollouts)->Section|None:
         table(["arm", "n", "first attempt", "after feedback", "gain"], after, CAPTIONS["gain"]) if after else None,
         table(["arm", "first failure", "n", "solved", "same again", "other", "share solved"], kinds, CAPTIONS["effect"]) if kinds else None)
 
+def users_table(cold:pd.DataFrame)->Block|None: # `None` where rows do not say
+    "Success by the user's behaviour, over seeds."
+    if "behavior" not in cold: return None
+    rows, kinds = [], sorted(cold["behavior"].dropna().unique())
+    for arm in sort_arms(cold["arm"]):
+        cells = []
+        for kind in kinds:
+            g = cold[(cold["arm"] == arm) & (cold["behavior"] == kind)].groupby("seed")["acc"]
+            cells.append(f"{with_interval(seed_interval(g.mean().tolist(), g.size().tolist()))}, n = {g.size().sum()}")
+        rows.append([arm_label(arm), *cells])
+    return table(["arm", *kinds], rows, CAPTIONS["users"]) if kinds else None
+
 def reliability(rollouts)->Section|None:
     "pass@k, pass^k and behaviour, from the final evaluation's rollouts."
     cold = rollouts[rollouts["mode"] == "cold"] if len(rollouts) and "mode" in rollouts else pd.DataFrame()
@@ -440,6 +453,7 @@ def reliability(rollouts)->Section|None:
         b = behavioral(g.astype(object).where(g.notna(), None).to_dict("records"))
         acts.append([arm_label(arm), b["episodes"], *(pct(b[k]) for k in ("info_gathering_completeness", "call_order_correctness", "tool_call_efficiency"))])
     return section("reliability", "Reliability and behaviour",
+        users_table(cold) if len(cold) else None,
         table(["arm", "k", "tasks", "pass@k", "pass^k"], passes, CAPTIONS["passes"]) if passes else None,
         table(["arm", "episodes", "collected all it needed", "called in the right order", "tool-call efficiency"], acts,
             CAPTIONS["behaviour"]) if acts else None)

@@ -58,7 +58,7 @@ def _group(step, guided, note="", n=8):
 def _eval_rollouts(rng, p, step, tasks=20, k=4):
     rows = []
     for t in range(tasks):
-        where = dict(step=step, task_id=f"test-{t:03d}", level=1 + t % 5, heldout=t % 2 == 1, split="test", temperature=1.0, tokens=60, bad_calls=0,
+        where = dict(step=step, task_id=f"test-{t:03d}", level=1 + t % 5, heldout=t % 2 == 1, behavior=("cooperative", "clarifying", "difficult")[t % 3], split="test", temperature=1.0, tokens=60, bad_calls=0,
             best_tool_calls=3, prompt_feedback=None, feedback=None, transcript="(synthetic)")
         def row(acc, **kw):
             order, collected = int(acc or rng.random() < 0.5), int(acc or rng.random() < 0.5)
