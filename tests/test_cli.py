@@ -13,7 +13,7 @@ from fg_dapo.core import write_json
 from fg_dapo.demo import Job, last_checkpoint, plan, results, run_jobs
 from fg_dapo.doctor import Check, check_checkpoint, check_data, diagnose, ready
 
-COMMANDS = ("data", "validate", "warmstart", "train", "evaluate", "report", "doctor", "demo", "config", "plan", "export", "matrix", "results")
+COMMANDS = ("check", "export-env", "new-env", "data", "validate", "warmstart", "train", "evaluate", "report", "doctor", "demo", "config", "plan", "export", "matrix", "results")
 ROOT = Path(__file__).resolve().parent.parent
 
 def ask(*args):
