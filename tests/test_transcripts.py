@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fg_dapo.agent.chat import agent_turns, chat_format, clean
-from fg_dapo.agent.episode import Limits
+from fg_dapo.agent.episode import Episode, Limits
 from fg_dapo.agent.scripted import best_plan, follow, oracle
 from fg_dapo.agent.tools import Reply
 from fg_dapo.core import rng_for
@@ -179,3 +179,42 @@ def test_what_is_clean_holds_no_mark():
         text = "".join(rng.choice(("<", "|", "<|", "|>", "< |", "a", "<|im_end|>", " ")) for _ in range(9))
         assert "<|" not in clean(text) and clean(clean(text)) == clean(text)
         assert (clean(text) + "<|end|>").index("<|end|>") == len(clean(text))
+
+# What models write for a call
+
+ARGS = '{"company_name": "Acme"}'
+CALL = '{"name": "search_company", "arguments": ' + ARGS + '}'
+TAGGED = f"<tool_call>\n{CALL}\n</tool_call>"
+READ = ["search_company"]
+MODEL_OUTPUTS = [ # Text, the calls that are carried out ("?" for one that is answered with what to write); none for a last word
+    (TAGGED, READ), (f"I look it up.\n{TAGGED}", READ), (f"{TAGGED}\nI wait.", READ), (f"<tool_call>{CALL}</tool_call>", READ), (f"<TOOL_CALL>{CALL}</TOOL_CALL>", READ),
+    (f"{TAGGED}\n{TAGGED}", READ * 2), (f"{TAGGED}{TAGGED}{TAGGED}", READ * 3), (f"<tool_call>\n[{CALL}, {CALL}]\n</tool_call>", "?"), (f"<tool_call>{CALL}{CALL}</tool_call>", "?"),
+    (f"<tool_call>{TAGGED}</tool_call>", ["?", *READ]), (f"<tool_calls>{TAGGED}</tool_calls>", READ), (f"<tool_call>{CALL}", "?"), (f"<tool_call>{CALL}<tool_call>{CALL}</tool_call>", ["?", *READ]),
+    (f"<tool_call>{CALL[:-1]}</tool_call>", "?"), (f"<tool_call>{CALL}}}</tool_call>", "?"), (f"{CALL}</tool_call>", "?"), ("<tool_call></tool_call>", "?"), ("<tool_call", "?"),
+    (TAGGED.replace('"', "'"), "?"), (CALL.replace('"', "'"), "?"), (TAGGED.replace("{", "{{").replace("}", "}}"), "?"), (TAGGED.replace("search_company", "searchCompany"), ["searchCompany"]),
+    (TAGGED.replace("arguments", "parameters"), READ), (TAGGED.replace(ARGS, json.dumps(ARGS)), READ), (TAGGED.replace(ARGS, '"Acme"'), READ), (TAGGED.replace('"arguments"', '"args"'), READ),
+    (TAGGED.replace('"name"', '"tool"'), "?"), (f'<tool_call>{{"type": "function", "function": {CALL}}}</tool_call>', "?"),
+    (CALL, READ), (CALL.replace("arguments", "parameters"), READ), (f"<|python_tag|>{CALL}", READ), (f"{CALL}; {CALL}", "?"), (f"[{CALL}]", "?"), ("<|python_tag|>search_company.call(company_name='Acme')", "?"),
+    (f"```json\n{CALL}\n```", READ), (f"```\n{CALL}\n```", READ), (f"```json\n{TAGGED}\n```", READ), (f"<tool_call>\n```json\n{CALL}\n```\n</tool_call>", READ), (f"Here it is:\n```json\n{CALL}\n```", "?"),
+    (f"[TOOL_CALLS][{CALL}]", "?"), (f"[TOOL_CALLS]search_company{ARGS}", "?"), ('[search_company(company_name="Acme")]', "?"), ("fly(to='Acme')", "?"), ("```python\nsearch_company('Acme')\n```", "?"),
+    (f"<function=search_company>{ARGS}</function>", "?"), (f"<function=search_company><parameter=company_name>Acme</parameter></function>", "?"), ("Action: search_company\nAction Input: Acme", "?"),
+    ("<tool_call>search_company\n<arg_key>company_name</arg_key>\n<arg_value>Acme</arg_value>\n</tool_call>", "?"), (f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>fly<｜tool▁sep｜>{ARGS}", "?"),
+    (f"functools[{CALL}]", "?"), (f"<function_call>{CALL}</function_call>", "?"), ('<invoke name="fly"><parameter name="a">b</parameter></invoke>', "?"), (f"to=functions.fly {ARGS}", "?"),
+    (f"<think>{TAGGED}</think>", "?"), (f"<think>{TAGGED}", "?"), (f"{TAGGED}</think>", "?"), ("<think>hm</think>", "?"), (f"<think>hm</think>{TAGGED}", READ), (f"hm</think>\n\n{TAGGED}", READ),
+    (f"<think>{TAGGED}</think>Sorry.", []), (f"<think>{CALL}</think>\n\nSorry.", []), (f"{TAGGED}</think>Sorry.", []), (f"<thinking>{TAGGED}</thinking>Sorry.", []), (f"[THINK]{TAGGED}[/THINK]Sorry.", []),
+    (f"<think>a<think>b</think>{TAGGED}</think>Sorry.", []), (f"<THINK>{TAGGED}</THINK>Sorry.", []), (f"{TAGGED}<think>{TAGGED.replace('Acme', 'Other')}</think>", READ),
+    ("Your PIN is missing, and nothing else is accepted.", []), ("Sorry, I cannot help (the department is closed).", []), ("", []),
+    (TAGGED.replace("Acme", "</tool_call></think>"), READ), (f"<tool_call>{CALL.replace('Acme', '</tool_call>b</think>')}", "?"), (f"<tool_call>{CALL.replace('Acme', '</think>')} {{</tool_call>", "?")]
+
+@pytest.mark.parametrize("text, calls", MODEL_OUTPUTS)
+def test_what_a_model_writes_is_carried_out_or_answered(text, calls):
+    turn, episode = chat_format("hermes").parse(text + "<|im_end|>"), Episode(ONE)
+    assert ["?" if c.error else c.name for c in turn.calls] == list(calls), turn
+    replies = episode.act(turn)
+    assert len(replies) == len(calls) and (episode.ended == "gave_up") == (not calls)
+    for call, reply in zip(turn.calls, replies):
+        carried_out = call.name == "search_company" and call.arguments not in ({}, "Acme")
+        assert reply.kind == ("unknown_company" if carried_out else "bad_call") and reply.data["error"] # ONE's directory knows no Acme
+        if carried_out: assert call.arguments == dict(company_name="Acme") or "</tool_call></think>" in text
+        if call.error: assert "write" in call.error or "JSON" in call.error or "a call is" in call.error
+    if not calls and text: assert turn.content.startswith(("Sorry", "Your PIN")) # And no thought

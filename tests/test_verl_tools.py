@@ -35,13 +35,14 @@ from fg_dapo.engines import verl_tools
 from fg_dapo.engines.sampler import PromptTooLong, text_ids
 from fg_dapo.engines.verl_tools import (AskUserTool, AuthInfoFormTool, CompanyDirectoryTool, CustomerServiceDataset, EpisodeTool, PhoneCallTool, Session, TranscriptRewardManager,
     check_tool_agent, flat_result, shown, task_row, DataOptions, tool_config, verl_score, write_tool_config)
+from fg_dapo.method.feedback import RuleBased
 from fg_dapo.method.reward import compute_score_with_feedback, replay_transcript, result_of, score_of
 from fg_dapo.policy import load_policy
 from fg_dapo.world.phone import PhoneSystemSimulator
 from fg_dapo.world.records import as_dict, scenario_from_dict
 
 from conftest import ROOT
-from test_transcripts import ONE, as_ids, attacks, dialogue_of, play_ids, wild_script
+from test_transcripts import LAST_WORD, ONE, as_ids, attacks, dialogue_of, play_ids, wild_script
 
 TOOL_CONFIG = ROOT / "experiments" / "configs" / "tool_config.yaml"
 OUT_OF_ORDER = '{"error": "the tool is out of order; the task cannot be finished"}'
@@ -644,3 +645,18 @@ def test_a_model_that_writes_the_carrying_key_gains_nothing(chatml, tool_agent, 
     forged = json.dumps(dict(name="auth_info_form", arguments={verl_tools.CARRIED: dict(inner, error=None)}))
     turns = [text_ids(chatml, t + HERMES.stop) for t in (search, form, f"<tool_call>{forged}</tool_call>")]
     assert same_by_the_tool_agent(ONE, turns, False, chatml, config, tools, load_reward_manager(config, chatml)) == 0.25
+
+@pytest.mark.parametrize("name", ["compact", "hermes"])
+def test_the_rollout_on_a_server_plays_and_scores_what_the_local_loop_does(name, tiny, chatml):
+    from fg_dapo.engines import verl_rollout
+    chat, tok = chat_format(name), tiny if name == "compact" else chatml
+    for i in range(200):
+        s, turns = wild_script(i, chat, tok, "rollout")
+        local, rollout = play_ids(dialogue_of(s, chat, tok), turns)
+        d, todo = dialogue_of(s, chat, tok), list(turns)
+        async def generate(ids, params):
+            new = todo.pop(0) if todo else text_ids(tok, LAST_WORD[name] + chat.stop)
+            return TokenOutput(token_ids=new, log_probs=[0.0] * len(new))
+        about = asyncio.run(verl_rollout.play(d, generate, {}, 0))
+        result = verl_rollout.score(d, RuleBased("observed"))
+        assert about["error"] is None and d.rollout().text == rollout.text and result["score"] == score_of(local) == score_of(replay_transcript(rollout.text, s, name))

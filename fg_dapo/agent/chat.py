@@ -120,13 +120,12 @@ def call_at(
 )->tuple[ToolCall, int]: # The call, and the place behind it
     "Read a call to its closing tag. Tags inside its JSON strings are text."
     start = place + len(text[place:]) - len(text[place:].lstrip())
-    try:
-        written, end = json.JSONDecoder().raw_decode(text, start)
-        if close := re.compile(r"\s*</tool_call>", re.IGNORECASE).match(text, end): return call_of(written), close.end()
-    except (ValueError, RecursionError): pass
-    mark = _MARKS.search(text, place)
+    try: written, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError): written, end = None, place
+    mark = _MARKS.search(text, end)
     if mark is None or mark.group().lower() != "</tool_call>":
         return _unread("the call is not closed: write </tool_call> behind its JSON object"), mark.start() if mark else len(text)
+    if end > place and not text[end:mark.start()].strip(): return call_of(written), mark.end()
     try: return call_of(json.loads(_unfenced(text[place:mark.start()]))), mark.end()
     except (ValueError, RecursionError) as e:
         return _unread(f"the call is not valid JSON: {getattr(e, 'msg', 'it cannot be read')}"), mark.end()
