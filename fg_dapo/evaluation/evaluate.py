@@ -106,7 +106,9 @@ def settings_of(
     from fg_dapo.agent.chat import CompactChat
     from fg_dapo.config import RunConfig, check_config
     for folder in list(Path(checkpoint).resolve().parents)[:5]:
-        if (folder / "manifest.json").is_file() and "algorithm" in (c := read_json(folder / "manifest.json").get("config", {})): return check_config(c)
+        manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else None
+        config = manifest.get("config") if isinstance(manifest, dict) else None
+        if isinstance(config, dict) and "algorithm" in config: return check_config(config)
     if CompactChat.stop in tok.get_vocab(): return RunConfig()
     return RunConfig(policy=dict(chat="hermes"), limits=dict(max_prompt_tokens=2048, max_response_tokens=8192, max_new_tokens=1024))
 
