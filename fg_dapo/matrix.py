@@ -15,8 +15,8 @@ from functools import reduce
 from pathlib import Path
 
 from .config import ConfigError, RunConfig, check_config, dump, merge, nearest, read_yaml
-from .core import append_jsonl, atomic_write, read_json, read_jsonl, to_json
-from .demo import Job, is_held, is_model, last_row, run_jobs
+from .core import append_jsonl, atomic_write, is_held, read_json, read_jsonl, read_text, to_json
+from .demo import Job, is_model, last_row, run_jobs
 from .world.generate import KINDS, keep_world, rules_ceiling
 
 # %% ../nbs/88_matrix.ipynb #4d9ecf8e
@@ -73,7 +73,7 @@ def _arms(raw, path, errors)->dict[str, RunConfig]:
     if raw.get("base"):
         source = path.parent / raw["base"]
         if not source.is_file(): raise FileNotFoundError(f"{path}: base: no file {str(source)!r}; name one with `common` and `arms` beside the matrix")
-        base = read_yaml(source.read_text(), str(source))
+        base = read_yaml(read_text(source), str(source))
     known, wanted, out = base.get("arms") or {}, raw.get("arms") or dict.fromkeys(base.get("arms") or {}), {}
     if isinstance(wanted, list): wanted = dict.fromkeys(wanted)
     if not wanted: errors.append("arms: needs at least one, or a base that has some")
@@ -95,7 +95,7 @@ def load_matrix(
     "Read and check a matrix."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no matrix {str(path)!r}; examples are experiments/configs/matrix_*.yaml")
-    raw = read_yaml(path.read_text(), str(path))
+    raw = read_yaml(read_text(path), str(path))
     errors = [f"unknown key {k!r}; the nearest is {nearest(str(k), KEYS)[0]!r}" for k in raw if k not in KEYS]
     if raw.get("purpose") not in PURPOSES: errors.append(f"purpose: exploration or confirmation (got {raw.get('purpose')!r})")
     if not _ints(raw.get("seeds")): errors.append(f"seeds: needs different whole numbers, such as [0, 1] (got {raw.get('seeds')!r})")
@@ -115,7 +115,7 @@ def refuse_shared_worlds(
     "Refuse a confirmation in worlds that an exploration beside it uses, and the reverse."
     mine = {w.seed for w in m.worlds}
     for other in sorted(p for p in m.path.parent.glob("*.y*ml") if p.resolve() != m.path.resolve()):
-        raw = read_yaml(other.read_text(), str(other))
+        raw = read_yaml(read_text(other), str(other))
         if raw.get("purpose") not in PURPOSES or raw["purpose"] == m.purpose: continue
         theirs = {w.get("seed") for w in raw.get("worlds") or [] if isinstance(w, dict)}
         if both := sorted(mine & theirs):
@@ -200,7 +200,7 @@ def make_jobs(
                 digest, policy = settings_digest(c, worlds[w], policies[c.policy.checkpoint], final), policies[c.policy.checkpoint]
                 jobs.append(MatrixJob(c, out, m.eval_tasks, w, digest, (("purpose", m.purpose), ("policy", policy), ("world_files", worlds[w])), m.greedy))
     for j in jobs:
-        if not j.settings.exists() or j.settings.read_text() != dump(j.config, comments=True): atomic_write(j.settings, dump(j.config, comments=True))
+        if not j.settings.exists() or read_text(j.settings) != dump(j.config, comments=True): atomic_write(j.settings, dump(j.config, comments=True))
     return jobs
 
 # %% ../nbs/88_matrix.ipynb #27dbf162
@@ -261,7 +261,7 @@ def collect(
     for r in read_jsonl(job.run / "wall.jsonl", torn_tail=True) if (job.run / "wall.jsonl").exists() else []: wall[r["stage"]] = round(wall.get(r["stage"], 0) + r["seconds"], 1)
     config = job.config.model_dump(mode="json")
     config["data"]["folder"] = job.world.name
-    return rounded(dict(format=FORMAT, name=job.name, digest=job.digest, **dict(job.facts), world=dict(name=job.world.name, kind=job.world.kind, seed=job.world.seed),
+    return rounded(dict(format=FORMAT, name=job.name, digest=job.digest, **dict(job.facts), world=dict(name=job.world.name, kind=job.world.kind, seed=job.world.seed, version=run.manifest.get("world_version", 1)),
         arm=job.config.arm, seed=job.config.seed, git_commit=run.manifest.get("git_commit"), versions=run.manifest.get("versions", {}), config=config,
         ceiling=rules_ceiling(load_world(job.config.data.folder)), ledger=run.metrics[-1].get("ledger") or {}, wall_seconds=wall,
         peak_rss_mb=max((r.get("peak_rss_mb") or 0 for r in run.metrics), default=0), evals=curve, steps=step_columns(run.metrics), final=final,

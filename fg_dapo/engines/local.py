@@ -7,17 +7,19 @@ __all__ = ['Sample', 'task_order', 'collect', 'conditions', 'judge', 'sample_ste
            'TrainingRow', 'stripped', 'training_rows', 'row_loss', 'TaughtRow', 'taught_rows', 'policy_logits',
            'taught_loss', 'policy_gradient', 'to_entry', 'Replayer', 'served', 'reworded', 'renamed', 'thinned',
            'as_at', 'replay_lr', 'replay_count', 'replay_updates', 'rollout_row', 'play_tasks', 'mean', 'summary',
-           'step_metrics', 'save_checkpoint', 'checkpoints', 'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt',
-           'make_sampler', 'Trainer', 'train']
+           'step_metrics', 'moments_of', 'content_digest', 'save_checkpoint', 'step_of', 'checkpoints', 'read_state',
+           'load_optimizer', 'rewind', 'flat', 'Log', 'Interrupt', 'need_tasks', 'make_sampler', 'may_grow', 'Trainer',
+           'train']
 
 # %% ../../nbs/engines/20_local.ipynb #ce5c60d3
-import dataclasses, math, os, re, resource, shutil, signal, sys, time
+import dataclasses, hashlib, math, os, re, resource, shutil, signal, sys, time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -25,7 +27,7 @@ from ..agent.chat import chat_format
 from ..agent.episode import Limits
 from ..agent.scripted import best_plan, follow, plan_of, play
 from ..config import RunConfig
-from ..core import RunDir, append_jsonl, open_run, read_json, read_jsonl, rng_for, seed_for, write_json, write_jsonl
+from ..core import RunDir, append_jsonl, hold_folder, open_run, read_json, read_jsonl, rng_for, seed_for, tell, to_disk, write_json, write_jsonl
 from .sampler import Job, Rollout, Sampler, shown, text_ids
 from ..method.alarm import Collapsed, Watch
 from ..method.feedback import ControlFeedback, Failure, RuleBased, accumulate
@@ -35,10 +37,10 @@ from ..method.objective import dapo_loss, filter_counts, group_advantages, impor
 from ..method.peers import choose_injected, choose_teachers, gate_rows, js_divergence, shaped_advantages, shaped_loss
 from ..method.replay import Elsewhere, Entry, ReplayBuffer, drop_name, entry_plan, find_stand_ins, for_user, plan_entry, told_fields, wider
 from ..method.reward import result_of
-from ..policy import MuonAdam, Transcript, adam, encode, load_policy, masked_logp, pad_rows, save_policy, set_lr, transcribe
+from ..policy import MuonAdam, Transcript, adam, encode, first_line, load_policy, masked_logp, pad_rows, save_policy, set_lr, transcribe
 from ..world.directory import CompanyDirectory
 from ..world.generate import CAN_LACK, department_phones, random_name, random_user, request_text, seen_scenarios
-from ..world.records import Scenario, World, load_world
+from ..world.records import FILES, Scenario, World, load_world
 
 # %% ../../nbs/engines/20_local.ipynb #6c253657
 @dataclasses.dataclass
@@ -495,10 +497,10 @@ def replay_updates(
     if not len(replayer.buffer): return dict(replay_loss=None, updates=0)
     replayer.widen((step + 1) * config.train.tasks_per_step >= len(replayer.scenarios))
     set_lr(opt, replay_lr(tr, step, config.train.steps))
-    n = replay_count(tr, len(replayer.buffer))
-    for _ in range(n):
+    done = 0
+    for _ in range(replay_count(tr, len(replayer.buffer))):
         rows = [encode(tok, t) for t in replayer.rows(rng, tr.rows)]
-        if not rows: continue
+        if not rows: continue # All its plans failed: there is nothing to learn from, and no update
         tokens = sum(sum(m) for _, m in rows)
         opt.zero_grad(set_to_none=True)
         for piece in pieces(rows, lambda r: len(r[0]), piece_size(model)):
@@ -508,7 +510,8 @@ def replay_updates(
             sums.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-    return dict(replay_loss=sum(sums) / n, updates=n)
+        done += 1
+    return dict(replay_loss=sum(sums) / done if done else None, updates=done)
 
 # %% ../../nbs/engines/20_local.ipynb #19994af6
 def rollout_row(
@@ -567,6 +570,17 @@ def step_metrics(
         failures=dict(sorted(Counter(s.result["failure"] for s in samples if s.result["failure"]).items())))
 
 # %% ../../nbs/engines/20_local.ipynb #60d62f02
+def moments_of(opt)->dict[str, torch.Tensor]: # Such as `3.exp_avg`, of the fourth parameter
+    "What an optimizer remembers, as a file can hold it."
+    out = {}
+    for i, state in opt.state_dict()["state"].items():
+        for k, v in state.items(): out[f"{i}.{k}"] = v.float().reshape(-1) if v.dim() == 0 else v
+    return out
+
+def content_digest(path:Path)->str: # 32 hex digits
+    "A digest of a file's bytes."
+    with open(path, "rb") as f: return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
 def save_checkpoint(
     run:RunDir,
     step:int, # Steps done
@@ -574,45 +588,90 @@ def save_checkpoint(
     optimizers:dict, # By the name of their file
     state:dict, # Plain JSON: ledger, buffer, tasks
     keep:int=2, # Checkpoints that stay
-)->Path:
-    "Write a checkpoint, then remove the oldest."
+)->Path: # Raises `OSError`; the checkpoint before is untouched then
+    "Write a checkpoint beside its place, bring it to the disk, give it its name; then remove the oldest."
     folder = run / f"checkpoints/step-{step:06d}"
-    tmp = folder.with_name("." + folder.name)
-    shutil.rmtree(tmp, ignore_errors=True)
+    tmp, old = folder.with_name("." + folder.name), folder.with_name(".old-" + folder.name)
+    for f in tmp, old: shutil.rmtree(f, ignore_errors=True)
     try:
         save_policy(tmp, model, tok)
         for name, opt in optimizers.items():
-            moments = {f"{i}.{k}": v.float().reshape(-1) if v.dim() == 0 else v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
-            if moments: save_file(moments, tmp / f"{name}.safetensors")
-        write_json(tmp / "state.json", dict(step=step, **state))
-        shutil.rmtree(folder, ignore_errors=True)
+            if moments := moments_of(opt): save_file(moments, tmp / f"{name}.safetensors")
+        files = {p.name: content_digest(p) for p in sorted(tmp.iterdir())}
+        write_json(tmp / "state.json", dict(step=step, files=files, **state))
+        for p in (*tmp.iterdir(), *run.path.glob("*.jsonl"), tmp): to_disk(p)
+        if folder.exists(): os.replace(folder, old)
         os.replace(tmp, folder)
+        to_disk(folder.parent)
     except Exception as e:
         shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"could not write the checkpoint {folder}: {e}; the one before is untouched, and the same command resumes from it") from e
-    for old in checkpoints(run)[:-keep]: shutil.rmtree(old, ignore_errors=True)
+    for p in (old, *checkpoints(run)[:-keep]): shutil.rmtree(p, ignore_errors=True)
     return folder
 
-def checkpoints(run:RunDir)->list[Path]: # Oldest first
-    "The complete checkpoints of a run."
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if (p / "state.json").exists())
-
 # %% ../../nbs/engines/20_local.ipynb #d3a812a0
-def load_optimizer(opt, path:Path)->None:
+def step_of(folder:Path)->int|None: # `None` for a folder that is no checkpoint
+    "The step of a checkpoint, by its name."
+    m = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(m[1]) if m and folder.is_dir() else None
+
+def checkpoints(run:RunDir)->list[Path]: # Oldest first; they may be damaged
+    "The checkpoints of a run."
+    found = [p for p in (run / "checkpoints").glob("step-*") if step_of(p) is not None]
+    return sorted(found, key=step_of)
+
+# %% ../../nbs/engines/20_local.ipynb #cfd1531c
+def read_state(
+    folder:Path, # A checkpoint
+)->dict: # Raises `ValueError` that says in one line what is damaged
+    "The state of a checkpoint whose files are those that were saved."
+    file = folder / "state.json"
+    if not file.is_file(): raise ValueError(f"{file} is missing")
+    state = read_json(file)
+    if not isinstance(state, dict): raise ValueError(f"{file}: expected an object, got {type(state).__name__}")
+    if lacking := [k for k in ("step", "tasks", "ledger", "buffer") if k not in state]: raise ValueError(f"{file}: {lacking[0]!r} is missing")
+    for k in "ledger", "files":
+        if not isinstance(state.get(k, {}), dict): raise ValueError(f"{file}: {k!r} is no object")
+    if state["step"] != step_of(folder): raise ValueError(f"{file} is of step {state['step']}, in a folder of step {step_of(folder)}")
+    files = state.get("files", {}) # Older ones have no digests
+    for name, digest in files.items():
+        if not (folder / name).is_file(): raise ValueError(f"{folder / name} is missing")
+        if content_digest(folder / name) != digest: raise ValueError(f"{folder / name} is not what was saved: damaged, or exchanged")
+    if not files and state["ledger"].get("updates") and not list(folder.glob("*optimizer.safetensors")):
+        raise ValueError(f"{folder / 'optimizer.safetensors'} is missing")
+    return state
+
+def load_optimizer(
+    opt,
+    path:Path, # Written by `save_checkpoint`; an optimizer that had not been used has none
+)->None: # Raises `ValueError` when these are not its moments
     "Give an optimizer its moments back."
-    if not path.exists(): return
-    state = {}
-    for key, v in load_file(path).items():
-        i, k = key.split(".", 1)
+    state, parameters = {}, [p for g in opt.param_groups for p in g["params"]]
+    for key, v in (load_file(path) if path.exists() else {}).items():
+        i, _, k = key.partition(".")
+        if not i.isdigit() or int(i) >= len(parameters): raise ValueError(f"{path}: {key!r} belongs to no parameter")
+        if k != "step" and v.shape != parameters[int(i)].shape: raise ValueError(f"{path}: {key} has the shape {list(v.shape)}, its parameter {list(parameters[int(i)].shape)}")
         state.setdefault(int(i), {})[k] = v.reshape(()) if k == "step" else v
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()["param_groups"]))
 
-def rewind(run:RunDir, step:int)->None:
-    "Drop what a killed run logged after its last checkpoint, so that the files agree with the ledger."
-    for name in ("metrics.jsonl", "evals.jsonl", "rollouts.jsonl"):
-        if (run / name).exists():
-            rows = read_jsonl(run / name, torn_tail=True)
-            write_jsonl(run / name, [r for r in rows if r["step"] <= step])
+# %% ../../nbs/engines/20_local.ipynb #87198d8b
+def rewind(
+    run:RunDir,
+    step:int, # Of the checkpoint that the run goes on from; -1 when there is none
+)->None: # Raises `ValueError` that names file and line
+    "Drop what a killed run logged after its last checkpoint, and what it had begun to write, so that the files agree."
+    for p in run.path.glob(".*"): # What `atomic_write` had not finished
+        if re.fullmatch(r"\..+\.jsonl?\.\w{8}", p.name): p.unlink()
+    for p in (run / "checkpoints").glob(".*step-*"):
+        if not p.name.startswith(".damaged"): shutil.rmtree(p)
+    for file in sorted(run.path.glob("*.jsonl")):
+        rows = read_jsonl(file, torn_tail=True)
+        if bad := [i for i, r in enumerate(rows) if not isinstance(r, dict)]: raise ValueError(f"{file}: row {bad[0] + 1} is no object")
+        kept = [r for r in rows if not isinstance(r.get("step"), int) or r["step"] <= step]
+        write_jsonl(file, kept)
+    if step > 0 and (run / "metrics.jsonl").exists():
+        last = max((r.get("step", 0) for r in read_jsonl(run / "metrics.jsonl")), default=0)
+        if last < step: tell(f"{run / 'metrics.jsonl'} ends at step {last}, and the checkpoint is of step {step}: rows were lost")
 
 # %% ../../nbs/engines/20_local.ipynb #a2244737
 def flat(d:dict, prefix:str="")->dict[str, float]:
@@ -662,11 +721,25 @@ class Interrupt:
         if self.old is not None: signal.signal(signal.SIGINT, self.old)
 
 # %% ../../nbs/engines/20_local.ipynb #eb545616
+def need_tasks(
+    world:World,
+    split:str, # train, val or test
+    folder:str|Path, # Where the world's files are
+)->list[Scenario]: # Raises `ValueError` when there is none
+    "The tasks of a split, of which there must be some."
+    found = world.scenarios(split)
+    if not found: raise ValueError(f"{folder}: there is no task in {FILES[split]}; put some in, or make a world with: fg-dapo data")
+    return found
+
 def make_sampler(model, tok, world:World, config:RunConfig, temperature:float, rows:int=128)->Sampler:
     "A sampler with a run's limits."
     l = config.limits
     return Sampler(model, tok, CompanyDirectory(world.companies.values()), config.policy.chat, Limits(l.tool_calls, l.spare_phone_calls, l.multi_turn), rows, max_prompt_tokens=l.max_prompt_tokens,
         max_new_tokens=l.max_new_tokens, max_length=min(model.config.max_position_embeddings, l.max_prompt_tokens + l.max_response_tokens), temperature=temperature)
+
+def may_grow(config:RunConfig)->tuple[str, ...]: # For `open_run`
+    "Which settings may be larger when a run goes on. A rate that falls along a cosine is laid out over all steps, and would not fit."
+    return () if config.algorithm.transfer.schedule == "cosine" else ("train.steps",)
 
 class Trainer:
     "The state of one training run."
@@ -677,20 +750,20 @@ class Trainer:
     ):
         if config.train.threads: torch.set_num_threads(config.train.threads)
         self.config, self.world = config, load_world(config.data.folder)
+        self.scenarios = need_tasks(self.world, "train", config.data.folder)
+        if config.train.eval_every: need_tasks(self.world, "val", config.data.folder)
         self.model, self.tok = load_policy(config.policy.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-        self.run = open_run(out, config.model_dump(mode="json"), config.seed)
+        self.run = open_run(out, config.model_dump(mode="json"), config.seed, may_grow(config), getattr(self.world, "version", 1))
         self.opt, self.step, self.tasks, self.ledger = adam(self.model, config.algorithm.lr), 0, 0, Ledger()
         self.replay_opt = MuonAdam(self.model, config.algorithm.transfer.lr) if config.algorithm.transfer.optimizer == "muon" else self.opt
-        self.scenarios = self.world.scenarios("train")
         self.sampler = make_sampler(self.model, self.tok, self.world, config, config.train.temperature, min(128, config.train.tasks_per_step * config.train.rollouts))
         self.replayer = Replayer({s.task.id: s for s in self.scenarios}, config, self.sampler.chat, {c.name for c in self.world.companies.values()})
         if config.algorithm.transfer.oracle: self.replayer.fill()
         self.generate, fb = make_generator(config, self.count), config.algorithm.feedback_guidance
         self.control = ControlFeedback(fb.content, config.seed, fb.max_feedback_tokens, self.count) if fb.enable and fb.content != "real" else None
-        if done := checkpoints(self.run):
-            if not resume: raise ValueError(f"{self.run.path} holds a run already; resume it, or choose another folder")
-            self.restore(done[-1])
-        elif (self.run / "metrics.jsonl").exists(): rewind(self.run, 0)
+        if (done := checkpoints(self.run)) and not resume: raise ValueError(f"{self.run.path} holds a run already; resume it, or choose another folder")
+        if done: self.take_up(done)
+        else: rewind(self.run, -1)
 
     def count(self, text:str)->int: return len(self.sampler.encode(text))
 
@@ -698,17 +771,33 @@ class Trainer:
     def optimizers(self)->dict: # By the name of their file
         return dict(optimizer=self.opt) | (dict(replay_optimizer=self.replay_opt) if self.replay_opt is not self.opt else {})
 
-    def restore(self, folder:Path)->None:
+    def restore(self, folder:Path)->None: # Raises `ValueError` that says what is damaged
         "Take a checkpoint up again."
-        state = read_json(folder / "state.json")
-        model, _ = load_policy(folder)
-        self.model.load_state_dict(model.state_dict())
-        for name, opt in self.optimizers.items(): load_optimizer(opt, folder / f"{name}.safetensors")
-        self.step, self.tasks, self.ledger, self.replayer.reexecuted = state["step"], state["tasks"], Ledger.from_dict(state["ledger"]), 0
-        self.replayer.trials = 0
-        self.replayer.buffer.load_state_dict(state["buffer"])
-        if "elsewhere" in state: self.replayer.elsewhere.load_state_dict(state["elsewhere"])
-        if self.control: self.control.load_state_dict(state["control"])
+        state = read_state(folder)
+        model, _ = load_policy(folder, self.model.device)
+        try:
+            self.model.load_state_dict(model.state_dict())
+            for name, opt in self.optimizers.items(): load_optimizer(opt, folder / f"{name}.safetensors")
+            self.step, self.tasks, self.ledger = state["step"], state["tasks"], Ledger.from_dict(state["ledger"])
+            self.replayer.buffer.load_state_dict(state["buffer"])
+            if "elsewhere" in state: self.replayer.elsewhere.load_state_dict(state["elsewhere"])
+            if self.control: self.control.load_state_dict(state["control"])
+        except (RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as e: raise ValueError(f"{folder} is not of this run: {type(e).__name__}: {first_line(e)}") from None
+        self.replayer.reexecuted = self.replayer.trials = 0
+
+    def take_up(self, found:list[Path])->None: # Oldest first; raises `ValueError` when none can be used
+        "Go on from the last checkpoint that is whole; those after it are set aside."
+        damaged, why = [], []
+        for folder in reversed(found):
+            try: self.restore(folder)
+            except (ValueError, OSError) as e: damaged, why = [*damaged, folder], [*why, first_line(e)]
+            else: break
+        else: raise ValueError(f"{why[0]}; no checkpoint of {self.run.path} can be used: put a whole one back, or train in another folder (--out)")
+        for p, reason in zip(damaged, why):
+            aside = p.with_name(f".damaged-{p.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(p, aside)
+            tell(f"{reason}; this checkpoint is set aside as {aside.name}, and the run goes on from {folder.name}")
         rewind(self.run, self.step)
 
     def save(self)->Path:
@@ -753,7 +842,7 @@ def evaluate(self:Trainer)->dict:
     sampler = make_sampler(self.model, self.tok, self.world, self.config, e.temperature)
     samples, seen = (play_tasks(sampler, some, seed_for(self.config.seed, "eval", self.step), tr.eval_samples) for some in (scenarios, seen_scenarios(self.world, "val", len(scenarios))))
     return dict(step=self.step, tasks=self.tasks, rollouts=self.ledger.rollouts, trials=self.ledger.trials, tokens=self.ledger.tokens, seconds=self.ledger.seconds, split="val", mode="cold",
-        temperature=e.temperature, k=tr.eval_samples, **summary(samples, seen))
+        temperature=e.temperature, k=tr.eval_samples, world_version=getattr(self.world, "version", 1), **summary(samples, seen))
 
 # %% ../../nbs/engines/20_local.ipynb #1192e4bd
 def train(
@@ -763,6 +852,10 @@ def train(
     progress:bool=True, # Show a bar
 )->Path: # The last checkpoint
     "Train a policy with DAPO, with or without feedback and replay."
+    with hold_folder(out): return _train(config, out, resume, progress)
+
+def _train(config, out, resume, progress)->Path:
+    "Train, alone in the folder."
     trainer, tr = Trainer(config, out, resume), config.train
     log = Log(trainer.run, config)
     bar = tqdm(total=tr.steps, initial=trainer.step, desc=config.arm, unit="step", disable=not progress, dynamic_ncols=True)

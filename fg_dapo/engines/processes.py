@@ -31,7 +31,7 @@ def shared_memory(
     out = set()
     for p in processes:
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines():
+            for line in Path(f"/proc/{p.pid}/maps").read_text(errors="surrogateescape").split("\n"):
                 if f" {folder}/" in line and not line.endswith("(deleted)"): out.add(Path(line[line.index(f" {folder}/") + 1:]))
     return {f for f in out if f.exists() and f.stat().st_ctime >= since}
 

@@ -345,7 +345,8 @@ def _validate(self:FeedbackGuidedDAPOTrainer)->dict:
     e = self.run.evaluation
     samples = sorted(self.val_samples.values(), key=lambda s: (s.rollout.job.scenario.task.id, s.position))
     l = self.ledger
-    row = dict(step=self.global_steps, tasks=self.taken, rollouts=l.rollouts, trials=l.trials, tokens=l.tokens, seconds=l.seconds, split="val", mode="cold", temperature=e.temperature, k=self.run.train.eval_samples, **summary(samples))
+    row = dict(step=self.global_steps, tasks=self.taken, rollouts=l.rollouts, trials=l.trials, tokens=l.tokens, seconds=l.seconds, split="val", mode="cold", temperature=e.temperature, k=self.run.train.eval_samples,
+        world_version=self.dir.manifest.get("world_version", 1), **summary(samples))
     append_jsonl(self.dir / "evals.jsonl", row)
     return metrics | {f"fg/val/{k}": v for k, v in flat(row).items()}
 
@@ -371,7 +372,7 @@ def _load_checkpoint(self:FeedbackGuidedDAPOTrainer)->None:
         self.ledger, self.taken = Ledger.from_dict(state["ledger"]), state["tasks"]
         self.replayer.buffer.load_state_dict(state["buffer"])
         if "elsewhere" in state: self.replayer.elsewhere.load_state_dict(state["elsewhere"])
-    rewind(self.dir, self.global_steps)
+    rewind(self.dir, self.global_steps or -1) # Without a checkpoint it begins anew
     self.watch = Watch(self.run.train.alarm, read_jsonl(self.dir / "metrics.jsonl") if (self.dir / "metrics.jsonl").exists() else ())
 
 # %% ../../nbs/engines/46_verl.ipynb #c0a8777f

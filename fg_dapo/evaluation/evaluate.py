@@ -6,9 +6,10 @@
 __all__ = ['evaluate', 'spent', 'settings_of', 'passes']
 
 # %% ../../nbs/evaluation/05_evaluate.ipynb #9161e43f
+from contextlib import nullcontext
 from pathlib import Path
 
-from ..core import append_jsonl, read_json, seed_for, write_jsonl
+from ..core import append_jsonl, hold_folder, read_json, seed_for, write_jsonl
 from .metrics import pass_table
 
 # %% ../../nbs/evaluation/05_evaluate.ipynb #9a8a66c9
@@ -25,40 +26,66 @@ def evaluate(
     detail:str="observed", # Of the feedback: hint, observed or full
 )->list[dict]: # Rows as in `evals.jsonl`; a checkpoint of a run adds its step and what it had cost
     "Evaluate a policy."
-    from fg_dapo.engines.local import make_sampler, play_tasks, rollout_row, summary
-    from fg_dapo.method.feedback import Critique
-    from fg_dapo.engines.sampler import shown
+    from fg_dapo.engines.local import make_sampler, need_tasks, read_state, step_of
     from fg_dapo.policy import load_policy
-    from fg_dapo.world.generate import seen_scenarios
     from fg_dapo.world.records import load_world
     if mode not in ("cold", "feedback", "both"): raise ValueError(f"no mode {mode!r}; there are cold, feedback and both")
-    world, (model, tok) = load_world(data_folder), load_policy(checkpoint)
-    scenarios = world.scenarios(split)[:limit]
-    sampler = make_sampler(model, tok, world, settings_of(checkpoint, tok), temperature)
-    base, rows, rollouts = dict(spent(checkpoint), split=split, temperature=temperature), [], []
+    with hold_folder(out) if out is not None else nullcontext():
+        world = load_world(data_folder)
+        scenarios = need_tasks(world, split, data_folder)[:limit]
+        if step_of(Path(checkpoint)) is not None: read_state(Path(checkpoint)) # Of a run: its files are those that were saved
+        model, tok = load_policy(checkpoint)
+        sampler = make_sampler(model, tok, world, settings_of(checkpoint, tok), temperature)
+        base = dict(spent(checkpoint), split=split, temperature=temperature, world_version=getattr(world, "version", 1))
+        rows, rollouts = _measure(sampler, world, scenarios, base, mode, samples, seed, detail)
+        if out is not None:
+            write_jsonl(Path(out) / "eval_rollouts.jsonl", rollouts)
+            for row in rows: append_jsonl(Path(out) / "evals.jsonl", row)
+    return rows
+
+def _measure(sampler, world, scenarios, base, mode, samples, seed, detail)->tuple[list[dict], list[dict]]:
+    "Play the tasks cold and with feedback: rows of `evals.jsonl`, and of `eval_rollouts.jsonl`."
+    from fg_dapo.engines.local import play_tasks, summary
+    from fg_dapo.world.generate import seen_scenarios
+    split, rows, rollouts = base["split"], [], []
     first = play_tasks(sampler, scenarios, seed_for(seed, "evaluate", "first"), samples, detail=detail)
     known = seen_scenarios(world, split, len(scenarios)) if split != "train" and mode != "feedback" else []
     seen = play_tasks(sampler, known, seed_for(seed, "evaluate", "seen"), samples, detail=detail) if known else []
     if mode != "feedback":
         by_task = {}
         for s in first: by_task.setdefault(s.group, []).append(s.result["acc"])
-        rows.append(dict(base, mode="cold", k=samples, tokens_mean=sum(s.rollout.tokens for s in first) / len(first), **summary(first, seen), passes=passes(by_task)))
-        for some in (first, seen): rollouts += [rollout_row(s, split=split, mode="cold", attempt=s.position, temperature=temperature, seen=some is seen) for s in some]
+        tokens = sum(s.rollout.tokens for s in first) / len(first)
+        rows.append(dict(base, mode="cold", k=samples, tokens_mean=tokens, **summary(first, seen), passes=passes(by_task)))
+        for some in (first, seen): rollouts += [_played(s, base, mode="cold", attempt=s.position, seen=some is seen) for s in some]
     if mode != "cold":
-        tries = [s for s in first if s.position == 0]
-        failed = [s for s in tries if s.result["acc"] < 1]
-        texts = [shown((Critique(1, s.result["feedback"], s.result["score"]),), sampler.chat) for s in failed]
-        second = play_tasks(sampler, [s.rollout.job.scenario for s in failed], seed_for(seed, "evaluate", "second"), feedback=texts, detail=detail)
-        final = {s.rollout.job.scenario.task.id: s for s in tries} | {s.rollout.job.scenario.task.id: s for s in second}
-        rows.append(dict(base, mode="feedback", k=1, detail=detail, acc_first=sum(s.result["acc"] for s in tries) / len(tries), n_retried=len(second),
-            acc_second=sum(s.result["acc"] for s in second) / len(second) if second else None, **summary(list(final.values()))))
-        groups = {s.rollout.job.scenario.task.id: s.group for s in tries}
-        for attempt, played in enumerate((tries, second)):
-            rollouts += [rollout_row(s, split=split, mode="feedback", attempt=attempt, temperature=temperature) | dict(group=groups[s.rollout.job.scenario.task.id]) for s in played]
-    if out is not None:
-        for row in rows: append_jsonl(Path(out) / "evals.jsonl", row)
-        write_jsonl(Path(out) / "eval_rollouts.jsonl", rollouts)
-    return rows
+        row, second_rollouts = _after_feedback(sampler, [s for s in first if s.position == 0], base, seed, detail)
+        rows.append(row)
+        rollouts += second_rollouts
+    return rows, rollouts
+
+def _played(s, base, **more)->dict:
+    "An episode as a row."
+    from fg_dapo.engines.local import rollout_row
+    return rollout_row(s, split=base["split"], temperature=base["temperature"], **more)
+
+def _after_feedback(sampler, tries, base, seed, detail)->tuple[dict, list[dict]]:
+    "A second attempt where the first one failed."
+    from fg_dapo.engines.local import play_tasks, summary
+    from fg_dapo.engines.sampler import shown
+    from fg_dapo.method.feedback import Critique
+    def task(s): return s.rollout.job.scenario.task.id
+    failed = [s for s in tries if s.result["acc"] < 1]
+    texts = [shown((Critique(1, s.result["feedback"], s.result["score"]),), sampler.chat) for s in failed]
+    again = [s.rollout.job.scenario for s in failed]
+    second = play_tasks(sampler, again, seed_for(seed, "evaluate", "second"), feedback=texts, detail=detail)
+    final = {task(s): s for s in (*tries, *second)}
+    row = dict(base, mode="feedback", k=1, detail=detail, acc_first=sum(s.result["acc"] for s in tries) / len(tries), n_retried=len(second),
+        acc_second=sum(s.result["acc"] for s in second) / len(second) if second else None, **summary(list(final.values())))
+    groups = {task(s): s.group for s in tries}
+    rollouts = []
+    for attempt, played in enumerate((tries, second)):
+        rollouts += [_played(s, base, mode="feedback", attempt=attempt) | dict(group=groups[task(s)]) for s in played]
+    return row, rollouts
 
 # %% ../../nbs/evaluation/05_evaluate.ipynb #ba5c922d
 def spent(
@@ -68,7 +95,8 @@ def spent(
     state = next((f for f in (Path(checkpoint) / "state.json", Path(checkpoint).parent / "fg_dapo.json") if f.exists()), None) # Of the local engine, of verl
     if state is None: return dict(step=0, tasks=0, rollouts=0, tokens=0, seconds=0.0)
     s = read_json(state)
-    return dict(step=s["step"], tasks=s["tasks"], **{k: s["ledger"][k] for k in ("rollouts", "tokens", "seconds")})
+    try: return dict(step=s["step"], tasks=s["tasks"], **{k: s["ledger"][k] for k in ("rollouts", "tokens", "seconds")})
+    except (KeyError, TypeError) as e: raise ValueError(f"{state}: is not the state of a run ({e})") from None
 
 def settings_of(
     checkpoint:str|Path, # A Hugging Face folder
@@ -78,7 +106,9 @@ def settings_of(
     from fg_dapo.agent.chat import CompactChat
     from fg_dapo.config import RunConfig, check_config
     for folder in list(Path(checkpoint).resolve().parents)[:5]:
-        if (folder / "manifest.json").is_file() and "algorithm" in (c := read_json(folder / "manifest.json").get("config", {})): return check_config(c)
+        manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else None
+        config = manifest.get("config") if isinstance(manifest, dict) else None
+        if isinstance(config, dict) and "algorithm" in config: return check_config(config)
     if CompactChat.stop in tok.get_vocab(): return RunConfig()
     return RunConfig(policy=dict(chat="hermes"), limits=dict(max_prompt_tokens=2048, max_response_tokens=8192, max_new_tokens=1024))
 
