@@ -363,6 +363,9 @@ INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u20
 @pytest.mark.filterwarnings("error::UserWarning:matplotlib", "ignore:constrained_layout", "ignore:Glyph")
 def test_hostile_text_stays_text_in_a_report(kind, tmp_path, monkeypatch):
     text, calm = HOSTILE[kind], "calm"
+    if kind == "surrogate": # No file of ours holds one: our writer puts a sign in its place, and the reader names a foreign file that does
+        with pytest.raises(ValueError, match=r"manifest\.json:1: half of a surrogate pair"): hostile_run(tmp_path, "mine", text)
+        return
     pages, drawn = [], plots.to_png
     monkeypatch.setattr(plots, "to_png", lambda fig, dpi=130: drawn(fig, 20) if pages and kind in DRAWN else b"not drawn") # Drawing is slow
     for name, of in (("calm", calm), ("hostile", text)):

@@ -121,7 +121,7 @@ def test_a_matrix_runs_once_and_leaves_small_results(bench):
     files = sorted(Path("out/results").iterdir())
     assert [f.name for f in files] == sorted(f"{j.name}.json" for j in jobs) and all(f.stat().st_size < MAX_BYTES for f in files)
     r = read_result(jobs[0].result)
-    assert (r["arm"], r["seed"], r["world"], r["purpose"], r["git_commit"]) == ("dapo", 0, dict(name="standard-100", kind="standard", seed=100), "exploration", "abc")
+    assert (r["arm"], r["seed"], r["world"], r["purpose"], r["git_commit"]) == ("dapo", 0, dict(name="standard-100", kind="standard", seed=100, version=1), "exploration", "abc")
     assert [e["step"] for e in r["evals"]] == [2, 4, 6] and r["steps"]["acc_by_position"][3] == [.2, .4] and r["ledger"]["rollouts"] == 768
     assert r["cells"]["cold"] == dict(heldout={"1": dict(n=1, solved=1, failures={}), "2": dict(n=1, solved=0, failures=dict(missing_auth=1))}, training={"1": dict(n=1, solved=1, failures={}), "2": dict(n=1, solved=0, failures=dict(missing_auth=1))})
     assert sorted(r["cells"]) == ["cold", "feedback", "greedy"] and [(f["mode"], f["temperature"]) for f in r["final"]] == [("cold", 1.0), ("feedback", 1.0), ("cold", 0.0)]

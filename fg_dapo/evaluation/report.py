@@ -53,17 +53,11 @@ class Run:
     def finished(self)->bool|None: # `None` when the config does not say how many steps were planned
         return None if self.planned is None else self.last_step >= self.planned
 
-def _whole(x):
-    "The same without halves of surrogate pairs, which a model may write and no file or table takes."
-    if isinstance(x, str): return x.encode("utf-8", "backslashreplace").decode()
-    if isinstance(x, dict): return {_whole(k): _whole(v) for k, v in x.items()}
-    return [_whole(v) for v in x] if isinstance(x, list) else x
-
 def _rows(path:Path, *key)->list[dict]:
     "Rows of a log that may be missing or torn; of rows with the same step and key the last one counts."
     if not path.exists(): return []
     rows = {}
-    for i, r in enumerate(map(_whole, read_jsonl(path, torn_tail=True))):
+    for i, r in enumerate(read_jsonl(path, torn_tail=True)):
         rows[(r.get("step"), *(str(r.get(k)) for k in key)) if key else i] = r
     return list(rows.values())
 
@@ -85,7 +79,7 @@ def load_run(
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"{path} has no manifest.json, so it is not a run folder; give a folder that `fg-dapo train` wrote, "
             "or the folder above several")
-    m = _whole(read_json(path / "manifest.json"))
+    m = read_json(path / "manifest.json")
     name = re.fullmatch(r"(.+)-s(\d+)", path.resolve().name)
     arm = m.get("config", {}).get("arm") or (name[1] if name else path.resolve().name)
     seed = m["seed"] if m.get("seed") is not None else int(name[2]) if name else 0
