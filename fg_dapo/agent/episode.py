@@ -13,7 +13,7 @@ from .tools import Desk, Reply, ToolCall, run_tool
 from ..world.directory import CompanyDirectory
 from ..world.phone import PhoneSystemSimulator
 from ..world.records import AUTH_FIELDS, Scenario
-from ..world.user import UserSimulator
+from ..world.user import UserSimulator, said_missing
 
 # %% ../../nbs/agent/20_episode.ipynb #a2c385ba
 @dataclass(frozen=True)
@@ -91,7 +91,23 @@ class Episode:
         "Whether the last word names just the fields that block the task, after the user was asked for them."
         truth = self.scenario.task.ground_truth
         blocked = {f for f in truth.missing if f in truth.required_fields}
+        if self.scenario.task.world_version > 1:
+            return truth.ending == "tell_user" and set(said_missing(self.last_word)) == blocked and self._plain(blocked)
         return truth.ending == "tell_user" and blocked <= set(self.desk.unavailable) and fields_named(self.last_word) == blocked
+
+    def _plain(self, blocked:set)->bool:
+        "Whether it is plain that `blocked` cannot be had, nor anything in its place: from the form, or from what a department said."
+        found = any(r.kind == "directory" and r.data["company"] == self.scenario.company.name for _, r in self.log)
+        instead = {d.alternatives[f] for d in self.scenario.path for f in d.auth_fields if f in blocked and f in d.alternatives}
+        if not found or not blocked <= set(self.desk.unavailable): return False
+        asked_all = set(self.scenario.task.ground_truth.required_fields) | instead <= set(self.desk.given) | set(self.desk.unavailable)
+        return asked_all or any(self._heard(c, blocked) for c in self.desk.phone.history)
+
+    def _heard(self, c, blocked:set)->bool:
+        "Whether a call to a department on the path made plain that `blocked` is wanted and that nothing the user has will do instead."
+        if c.auth is None or c.department not in self.scenario.task.ground_truth.path: return False
+        offered = {other for f, other in c.auth.offered.items() if f in blocked}
+        return blocked <= set(c.auth.missing) and offered <= set(self.desk.unavailable)
 
     def _end(self, why:str)->None:
         self.ended, self.success = why, why in ("served", "told")

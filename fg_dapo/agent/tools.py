@@ -16,7 +16,7 @@ from fastcore.docments import docments
 from ..world.directory import CompanyDirectory
 from ..world.phone import CallResult, PhoneSystemSimulator
 from ..world.records import AUTH_FIELDS, Scenario, in_order
-from ..world.user import UserSimulator
+from ..world.user import UserSimulator, fields_in
 
 # %% ../../nbs/agent/10_tools.ipynb #5582164e
 @dataclass(frozen=True)
@@ -41,11 +41,22 @@ class Desk:
     directory:CompanyDirectory
     user:UserSimulator
     phone:PhoneSystemSimulator
-    asked:tuple[str, ...] = () # Fields on the one form
+    asked:tuple[str, ...] = () # Fields on the one form; from version 2 on, also those of questions
     refused:tuple[str, ...] = () # Superfluous fields for which the user refused it
     given:dict[str, str] = field(default_factory=dict) # Field to value, as the user told them
     unavailable:tuple[str, ...] = () # Fields the user said they do not have
     form_used:bool = False
+    fed_up:bool = False # The user has refused, and tells nothing more
+    late:tuple[str, ...] = () # Fields first asked for after a phone call, each of which costs patience
+    repeats:int = 0 # Questions about fields that had been answered
+    @property
+    def superfluous(self)->tuple[str, ...]:
+        "Fields asked for that no department on the path has a use for."
+        return tuple(f for f in self.asked if f not in self.scenario.accepted)
+    @property
+    def impatience(self)->int:
+        "What the questions so far have cost; above the user's tolerance, nothing more is told."
+        return len({*self.superfluous, *self.late}) + self.repeats
 
 # %% ../../nbs/agent/10_tools.ipynb #b596e5c7
 def auth_info_form(desk,
@@ -55,15 +66,27 @@ def auth_info_form(desk,
     if desk.form_used: return Reply("auth_info_form", "repeated_form", {})
     unknown = [f for f in fields if f not in AUTH_FIELDS]
     if unknown or not fields: return Reply("auth_info_form", "bad_call", dict(error=f"unknown fields {unknown[:5]}; valid fields: {', '.join(AUTH_FIELDS)}" if unknown else "fields is empty"))
-    desk.form_used, desk.asked = True, in_order(fields)
-    superfluous = tuple(f for f in desk.asked if f not in desk.scenario.accepted)
-    if len(superfluous) > desk.scenario.user.tolerance:
-        desk.refused = superfluous
-        return Reply("auth_info_form", "refused", dict(superfluous=superfluous))
-    values = {f: desk.user.value(f) for f in desk.asked}
-    desk.given |= {f: v for f, v in values.items() if v is not None}
-    desk.unavailable = tuple(f for f, v in values.items() if v is None)
+    desk.form_used, form = True, in_order(fields)
+    if refusal := _pose(desk, form): return Reply("auth_info_form", "refused", refusal)
+    values = {f: desk.user.value(f) for f in form}
+    _note(desk, values)
     return Reply("auth_info_form", "form", dict(values=values))
+
+def _pose(desk, fields)->dict|None:
+    "Put fields to the user; what the refusal holds when that is too much."
+    if desk.fed_up: return dict(superfluous=())
+    if desk.scenario.task.world_version > 1:
+        desk.repeats += any(f in desk.given or f in desk.unavailable for f in fields)
+        if desk.phone.history: desk.late = in_order({*desk.late, *(f for f in fields if f not in desk.asked)})
+    desk.asked = in_order({*desk.asked, *fields})
+    if desk.impatience <= desk.scenario.user.tolerance: return None
+    desk.refused, desk.fed_up = desk.superfluous, True
+    return dict(superfluous=desk.refused)
+
+def _note(desk, values)->None:
+    "Keep what the user told, and what they said they do not have."
+    desk.given |= {f: v for f, v in values.items() if v is not None}
+    desk.unavailable = in_order({*desk.unavailable, *(f for f, v in values.items() if v is None)})
 
 def search_company(desk,
     company_name:str, # Name of the company to search for
@@ -87,10 +110,15 @@ def ask_user(desk,
     question:str, # One question, in plain words
 )->Reply:
     "Ask the user one question and wait for the answer."
-    answer = desk.user.respond(desk.scenario.task.id, question)
-    told = {f: v for f in AUTH_FIELDS if (v := desk.user.value(f)) is not None and v in answer}
-    desk.given |= told
-    return Reply("ask_user", "answer", dict(answer=answer))
+    if desk.scenario.task.world_version == 1:
+        answer = desk.user.respond(desk.scenario.task.id, question)
+        desk.given |= {f: v for f in AUTH_FIELDS if (v := desk.user.value(f)) is not None and v in answer}
+        return Reply("ask_user", "answer", dict(answer=answer))
+    if refusal := _pose(desk, fields_in(question)): return Reply("ask_user", "refused", refusal)
+    answer, fields = desk.user.answer(desk.scenario.task.id, question)
+    values = {f: desk.user.value(f) for f in fields}
+    _note(desk, values)
+    return Reply("ask_user", "answer", dict(answer=answer, values=values))
 
 TOOLS = dict(auth_info_form=auth_info_form, search_company=search_company, make_phone_call=make_phone_call)
 OPTIONAL_TOOLS = dict(ask_user=ask_user)

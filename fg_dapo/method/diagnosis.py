@@ -90,7 +90,7 @@ def diagnose(
     truth, calls = s.task.ground_truth, desk.phone.history
     last = calls[-1] if calls else None
     auth, routing = (last.auth, last.routing) if last else (None, None)
-    known = {c.department: s.company.department(c.department).auth_fields for c in calls if c.auth}
+    known = {c.department: s.company.department(c.department).auth_fields for c in calls if c.auth and not c.auth.silent}
     alternatives = {f: d.alternatives[f] for d in s.path for f in d.auth_fields if f not in s.user.fields and d.alternatives.get(f) in s.user.fields}
     return FailureInfo(kind, s.company.name, desk.asked, desk.refused, desk.unavailable,
         last.department if last else None, auth.missing if auth else (), auth.wrong if auth else (),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from ..agent.episode import Episode, Turn
-from ..agent.scripted import Plan, call, play
+from ..agent.scripted import Plan, call, play, tell_missing
 from .diagnosis import diagnose
 from .feedback import visible
 from ..world.records import AUTH_FIELDS, Scenario, in_order
@@ -24,8 +24,19 @@ class Known:
     instead:dict[tuple[str, str], str] = field(default_factory=dict) # Department and field to the field it takes in its place
     lacks:set[str] = field(default_factory=set) # Fields the user does not have
     refused:set[str] = field(default_factory=set) # Fields of which the user said that nobody needs them
+    useful:set[str] = field(default_factory=set) # Fields that stood on a refused form and were not called superfluous: somebody takes them
+    deaf:dict[str, set[str]] = field(default_factory=dict) # Department to fields with which it did not recognise the caller: it takes none of them
     path:list[str] = field(default_factory=list) # Departments to call, as far as they are known, in order
     out:set[str] = field(default_factory=set) # Departments that are no part of the path
+    def guess(self,
+        department:str,
+        rng:random.Random, # For guesses
+    )->tuple[str, ...]:
+        "Fields to try at a department of which nothing is known: those that somebody takes, and a few more that may be taken."
+        silly = self.refused | self.deaf.get(department, set())
+        pool = [f for f in AUTH_FIELDS if f not in silly | self.useful]
+        more = rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3) if self.useful else (2, 3, 4, 6))))
+        return in_order({*self.useful, *more})
     def drop(self, *departments:str)->None:
         "These are no part of the path."
         self.out |= set(departments)
@@ -39,6 +50,8 @@ class Known:
         self.instead |= {(called, f): other for f, other in facts["offered"].items()}
         self.lacks |= set(facts["unavailable"])
         self.refused |= set(facts["superfluous"])
+        if facts["superfluous"]: self.useful |= set(facts["asked"]) - set(facts["superfluous"])
+        if called and called not in met: self.deaf.setdefault(called, set()).update(set(facts["asked"]) - set(facts["unavailable"]))
         if to := facts["redirect_to"]:
             self.drop(called)
             self.path += [to] * (to not in self.path)
@@ -64,8 +77,7 @@ def next_plan(
     for d in names:
         fields = known.wants.get(d)
         if fields is None:
-            pool = [f for f in AUTH_FIELDS if f not in known.refused]
-            fields = rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3)))) if len(names) == 1 else ()
+            fields = known.guess(d, rng) if len(names) == 1 else in_order(known.useful)
         calls.append((d, in_order(known.instead.get((d, f), f) if f in known.lacks else f for f in fields)))
     hopeless = [f for d in names for f in known.wants.get(d, ()) if f in known.lacks and (d, f) not in known.instead] # To be asked for before the user is told of it
     plan = Plan(in_order([f for _, fields in calls for f in fields] + hopeless) or ("full_name",), tuple(calls))
@@ -95,7 +107,7 @@ def explore(
         else:
             if set(said.auth.missing) <= set(gone): gone = [f for f in said.auth.missing if f not in said.auth.offered] or gone
             break
-    yield Turn("tell " + ", ".join(gone or plan.form))
+    yield Turn(tell_missing(gone or plan.form))
 
 # %% ../../nbs/method/27_explorer.ipynb #db919742
 def attempts(

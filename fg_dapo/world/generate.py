@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from ..core import atomic_write, rng_for
-from .records import (AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, INDUSTRIES, TOLERANCE, Company, Department, RoutingRule, Scenario,
+from .records import (AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, INDUSTRIES, TOLERANCE, VERSIONS, Company, Department, RoutingRule, Scenario,
     Task, UserProfile, World, in_order, save_world, solve)
 
 # %% ../../nbs/world/20_generate.ipynb #a72f268e
@@ -449,17 +449,19 @@ def make_task(
     request_type:str,
     id:str="demo-0000",
     split:str="train",
+    version:int=2, # Of the world's rules
 )->Task|None: # `None` where it makes no task
     "A task with its ground truth."
     level = level_of(company, user, request_type)
     if level is None: return None
     return Task(id, split, level, company.id, company.name, user.id, request_type, request_text(rng, request_type, company.name),
-        company.heldout, solve(company, user, request_type))
+        company.heldout, solve(company, user, request_type), version)
 
 def random_scenario(
     rng:random.Random, # Where chance comes from
     name:str|None=None, # The company's name
     lacking:float=0.25, # How often the user lacks a wanted field, where one department is enough (level 4)
+    version:int=2, # Of the world's rules
 )->Scenario:
     "A task with a random company and a random user, for demonstrations that reveal nothing about the world."
     while True:
@@ -467,7 +469,7 @@ def random_scenario(
         path = company.path(key)
         wanted = [f for f in path[0].auth_fields if f in CAN_LACK] if len(path) == 1 and rng.random() < lacking else []
         user = random_user(rng, lacks=(rng.choice(wanted),) if wanted else ())
-        task = make_task(rng, company, user, key)
+        task = make_task(rng, company, user, key, version=version)
         if task: return Scenario(task, company, user)
 
 # %% ../../nbs/world/20_generate.ipynb #42a7650b
@@ -550,7 +552,8 @@ def pick(
     return out
 
 # %% ../../nbs/world/20_generate.ipynb #e99e9627
-def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:Kind=KINDS["standard"])->dict[str, tuple[Task, ...]]:
+def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:Kind=KINDS["standard"],
+    version:int=2)->dict[str, tuple[Task, ...]]:
     "The tasks of a world by split."
     pairs, used, out = split_pairs(rng_for(seed, "pairs"), companies), set(), {}
     for split, total in SPLITS.items():
@@ -562,17 +565,20 @@ def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:
             got += pick(rng, pairs[source], users, level, n - stuck, used)
             if stuck: got += pick(rng, pairs[source], users, level, stuck, used, "tell_user")
         rng.shuffle(got)
-        out[split] = tuple(make_task(rng, c, u, k, f"{split}-{i:04}", split) for i, (c, u, k) in enumerate(got))
+        out[split] = tuple(make_task(rng, c, u, k, f"{split}-{i:04}", split, version) for i, (c, u, k) in enumerate(got))
     return out
 
 def generate_world(
     seed:int=0, # Everything follows from it
     kind:str="standard", # Or easy: few fields, patient users; raises `ValueError` for others
+    version:int=2, # Of the rules by which calls and users answer; the people and companies are the same in both
 )->World: # The same on every machine and in every process
     "A world: 100 companies, 500 users, 500 training, 100 validation and 500 test tasks."
     k = kind_named(kind)
     companies, users = make_companies(seed, k), make_users(seed, k)
-    return World({c.id: c for c in companies}, {u.id: u for u in users}, make_tasks(seed, companies, users, k))
+    if version not in VERSIONS: raise ValueError(f"no world version {version!r}; there are {', '.join(map(str, VERSIONS))}")
+    tasks = make_tasks(seed, companies, users, k, version)
+    return World({c.id: c for c in companies}, {u.id: u for u in users}, tasks, seed, kind)
 
 # %% ../../nbs/world/20_generate.ipynb #955474f1
 def keep_world(
@@ -580,11 +586,12 @@ def keep_world(
     seed:int=0,
     kind:str="standard",
     force:bool=False, # Replace files that differ
+    version:int=2, # Of the world's rules
 )->list[Path]: # The files; raises `ValueError` when other data are there, which it leaves as they are
     "Write a world's files, or see that they are there."
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as d:
-        made = save_world(generate_world(seed, kind), d).values()
+        made = save_world(generate_world(seed, kind, version), d).values()
         differ = [p.name for p in made if (folder / p.name).exists() and (folder / p.name).read_bytes() != p.read_bytes()]
         if differ and not force: raise ValueError(f"{folder} already holds other data ({', '.join(differ)}); choose another --out, or --force to replace them")
         for p in made:
@@ -647,7 +654,7 @@ def seen_scenarios(
     def again(i, t):
         had = world.users[t.user_id]
         user = random_user(rng, f"n{i:03}", tuple(f for f in AUTH_FIELDS if f not in had.fields), had.behavior)
-        task = make_task(rng, world.companies[t.company_id], user, t.request_type, f"seen-{split}-{i:04}", split)
+        task = make_task(rng, world.companies[t.company_id], user, t.request_type, f"seen-{split}-{i:04}", split, t.world_version)
         return Scenario(task, world.companies[t.company_id], user)
     return [again(i, t) for i, t in enumerate(out)]
 

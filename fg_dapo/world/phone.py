@@ -21,8 +21,9 @@ class AuthResult:
     missing:tuple[str, ...] = () # Fields it wants and did not get
     wrong:tuple[str, ...] = () # Fields that do not match its records
     offered:dict[str, str] = field(default_factory=dict) # Missing field to what it takes instead
+    silent:bool = False # Nothing matched, so nothing is told: the other fields are empty
     @property
-    def ok(self)->bool: return not self.missing and not self.wrong
+    def ok(self)->bool: return not self.missing and not self.wrong and not self.silent
 
 @dataclass(frozen=True)
 class RoutingResult:
@@ -57,6 +58,7 @@ CSR_PHRASES = dict(
     missing=("I cannot verify you without: {fields}.", "I still need: {fields}.", "To verify you I also require: {fields}."),
     wrong=("This does not match our records: {fields}.", "I have something else on file for: {fields}.", "That is not what our records say: {fields}."),
     offered=("Instead of {field} I can take {instead}.", "Without {field}, {instead} would do.", "If you have no {field}, I accept {instead}."),
+    silent=("I cannot verify you, so I may not say anything.", "I am afraid I cannot verify you with that.", "Without verifying you I cannot tell you anything."),
     redirect=("{department} does not handle this; please call {redirect_to}.", "You want {redirect_to} for that, not {department}.", "That is a matter for {redirect_to}."),
     need_first=("{department} needs a reference from {need_first} first.", "Please call {need_first} first and come back with their reference.", "We only take this after {need_first} has dealt with it."),
     reference=("{department} has noted your request and made a reference. Please call {next_department} next.", "Done on our side; {next_department} takes it from here, I have left a reference.", "I have filed a reference. The next step is {next_department}."),
@@ -111,6 +113,7 @@ def _authenticate(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->A
             if instead: offered[f] = instead
         elif same_value(auth_info[given], known.get(given)): verified.append(given)
         else: wrong.append(given)
+    if not verified and self.scenario.task.world_version > 1: return AuthResult(silent=True)
     return AuthResult(tuple(verified), tuple(missing), tuple(wrong), offered)
 
 @patch
@@ -137,6 +140,7 @@ def _generate_csr_response(self:PhoneSystemSimulator, result:CallResult, phone:s
     if result.stage == "connect": return say("connect", phone=phone)
     if result.stage == "authentication":
         a = result.auth
+        if a.silent: return say("silent")
         said = [say(k, fields=", ".join(v)) for k in ("verified", "missing", "wrong") if (v := getattr(a, k))]
         return " ".join(said + [say("offered", field=f, instead=i) for f, i in a.offered.items()])
     if result.stage == "routing":
