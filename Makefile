@@ -72,9 +72,10 @@ $(VENV)/.local-done: $(VENV)/.torch-done settings.ini setup.py constraints.txt
 	touch $@
 
 # The tests run the verl engine for real: Ray, vLLM's CPU build and FSDP on this machine.
-$(VENV)/.dev-done: $(VENV)/.local-done tools/install_verl.sh
+$(VENV)/.dev-done: $(VENV)/.local-done tools/install_verl.sh tools/install_bfcl.sh
 	@echo "installing what tests need"
 	$(PIP) -c constraints.txt -e '.[dev]'
 	echo "installing the verl engine for the CPU (3 GB)"
 	bash tools/install_verl.sh $(BIN)/python constraints.txt
+	bash tools/install_bfcl.sh $(BIN)/python constraints.txt
 	touch $@

@@ -13,7 +13,7 @@ from fg_dapo.core import write_json
 from fg_dapo.demo import Job, last_checkpoint, plan, results, run_jobs
 from fg_dapo.doctor import Check, check_checkpoint, check_data, diagnose, ready
 
-COMMANDS = ("data", "validate", "warmstart", "train", "evaluate", "report", "doctor", "demo", "config", "plan", "export", "matrix", "results")
+COMMANDS = ("check", "export-env", "new-env", "data", "validate", "warmstart", "train", "evaluate", "report", "doctor", "demo", "config", "plan", "export", "matrix", "results")
 ROOT = Path(__file__).resolve().parent.parent
 
 def ask(*args):
@@ -89,8 +89,8 @@ def test_wrong_arguments_name_the_value_and_the_way_out(empty, args, words):
     assert not (empty / "runs" / "train").exists()
 
 def test_a_missing_model_is_refused_before_torch_is_imported(empty):
-    (empty / "data").mkdir()
-    code = "import sys\nfrom fg_dapo.cli import app\ntry: app(['train'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    (empty / "data").symlink_to(ROOT / "data")
+    code = "import sys\nfrom fg_dapo.cli import app\ntry: app(['train', '--set', 'policy.checkpoint=none'])\nexcept SystemExit as e: print(e.code, 'torch' in sys.modules)"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert r.stdout.strip() == "1 False" and "policy.checkpoint" in r.stderr and "fg-dapo warmstart" in r.stderr
 
@@ -114,6 +114,65 @@ def test_the_launch_scripts_differ_in_the_method_only(script, arm, guided):
     rest = [x for x in r.stdout.splitlines() if not x.startswith(("+fg_dapo=", "trainer.experiment_name", "trainer.default_local_dir"))]
     other = subprocess.run(["bash", str(ROOT / "experiments/configs/run_baseline_dapo.sh"), "--dry-run"], capture_output=True, text=True, env=env, timeout=120).stdout.splitlines()
     assert rest == [x for x in other if not x.startswith(("+fg_dapo=", "trainer.experiment_name", "trainer.default_local_dir"))]
+
+@pytest.mark.parametrize("package", ["hydra", "omegaconf", "verl"])
+def test_a_dry_run_without_verl_prints_and_says_what_was_not_checked(empty, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None) # As if it were not installed
+    for name in [n for n in sys.modules if n.startswith(f"{package}.")]: monkeypatch.delitem(sys.modules, name)
+    code, said = ask("train", "-c", ROOT / "experiments/configs/verl_8x4090_lora.yaml", "--dry-run")
+    assert code == 0 and "trainer.n_gpus_per_node=8" in said and "fg_dapo[verl-cpu]" in said and "not installed here" in said and "Traceback" not in said
+
+@pytest.mark.parametrize("package, args, words", [
+    ("openai", ["--set", "algorithm.feedback_guidance.use_llm_enhancement=true"], ["algorithm.feedback_guidance.use_llm_enhancement", "pip install 'fg_dapo[llm]'"]),
+    ("ray", ["--set", "engine=verl"], ["ray is not installed", "fg_dapo[verl-cpu]"]),
+    ("verl", ["--set", "engine=verl"], ["verl is not installed", "fg_dapo[verl-cpu]"]),
+    ("torch", [], ["torch is not installed", "fg_dapo[local]"]),
+])
+def test_a_missing_package_is_named_with_the_extra_and_nothing_is_written(empty, raw_policy, monkeypatch, package, args, words):
+    for name in [n for n in sys.modules if n.split(".")[0] == package or n == "fg_dapo.engines.local"]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, said = ask("train", *args, "--set", f"data.folder={ROOT / 'data'}", "--set", f"policy.checkpoint={raw_policy}", "--out", "run")
+    assert code == 1 and "Traceback" not in said and "defect" not in said and not (empty / "run").exists(), said
+    for w in words: assert w in said
+
+@pytest.mark.parametrize("address, words", [("http://localhost:8265", "write localhost:6379"), ("https://head:8265/", "write head:6379"), ("localhost", "write localhost:6379"), ("ray://head", "write head:6379"), ("head:port", "ray://head:10001"), ("head:6379 ", "RAY_ADDRESS: 'head:6379 '")])
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_an_address_that_ray_cannot_be_joined_at_is_answered_with_the_right_form(empty, raw_policy, monkeypatch, address, words, more):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    code, said = ask("train", "--set", "engine=verl", "--set", f"data.folder={ROOT / 'data'}", "--set", f"policy.checkpoint={raw_policy}", "--out", "run", *more)
+    assert code == 1 and words in said and "auto (a cluster" in said and not (empty / "run").exists()
+
+@pytest.mark.parametrize("name, words", [
+    ("http://localhost:8000/v1", ["is an address", "a model is a folder on this machine"]), ("https://huggingface.co/Qwen/Qwen3-8B", ["is an address"]), ("s3://bucket/model", ["is an address"]),
+    ("Qwen/Qwen3-8B", ["nothing is downloaded unasked", "hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B"]), ("none", ["there is no model 'none'", "fg-dapo warmstart"]), ("here", ["no model in 'here'"]), ("a\x1b[31mb", ["a\\x1b[31mb"])])
+def test_what_a_model_may_be_is_said_where_it_is_none(empty, name, words):
+    (empty / "here").mkdir()
+    code, said = ask("evaluate", name, "--data", ROOT / "data")
+    assert code == 1 and "Traceback" not in said and "\x1b" not in said
+    for w in words: assert w in said
+
+def test_a_home_that_no_shell_expanded(empty, monkeypatch):
+    monkeypatch.setenv("HOME", str(empty))
+    assert ask("data", "--out=~/world")[0] == 0 and (empty / "world/companies.json").is_file()
+    assert ask("validate", "--data", "~/world")[0] == 0 and not (empty / "~").exists()
+
+def test_prompts_that_cannot_fit_are_refused_before_anything_is_written(empty, raw_policy):
+    args = ["train", "--set", f"data.folder={ROOT / 'data'}", "--set", f"policy.checkpoint={raw_policy}", "--out", "run"]
+    code, said = ask(*args, "--set", "limits.max_prompt_tokens=200")
+    assert code == 1 and "limits.max_prompt_tokens" in said and not (empty / "run").exists()
+
+def test_demo_and_evaluate_check_the_data_before_anything_is_written(empty, raw_policy):
+    (empty / "d").mkdir()
+    for f in (ROOT / "data").glob("*.json*"): (empty / "d" / f.name).write_bytes(f.read_bytes())
+    (empty / "d/val_tasks.jsonl").write_text("{}\n")
+    for args in (["evaluate", raw_policy, "--data", "d", "--out", "out"], ["demo", "-c", ROOT / "experiments/configs/demo.yaml", "--set", "data.folder=d", "--set", f"policy.checkpoint={raw_policy}", "--out", "out"]):
+        code, said = ask(*args)
+        assert code == 1 and "d/val_tasks.jsonl:1: id: Field required" in said and not (empty / "out").exists()
+
+def test_all_that_is_missing_is_said_at_once(empty):
+    code, said = ask("train")
+    assert code == 1 and "2 things are wrong" in said and "data.folder" in said and "policy.checkpoint" in said
 
 def test_the_plan_says_whether_a_run_fits(empty):
     code, said = ask("plan", "-c", ROOT / "experiments/configs/verl_8x4090_lora.yaml")
@@ -143,6 +202,12 @@ def test_export_copies_the_policy_and_nothing_else(tmp_path, raw_policy):
     (OSError(errno.ENOSPC, "could not write a.json: No space left on device"), ["could not write a.json: No space left on device"]),
     (ModuleNotFoundError("No module named 'torch'", name="torch"), ["torch is not installed; pip install 'fg_dapo[local]', or make env in a checkout"]),
     (ModuleNotFoundError("No module named 'fg_dapo.x'", name="fg_dapo.x"), None),
+    (ModuleNotFoundError("No module named 'hydra.core'", name="hydra.core"), ["hydra is not installed; pip install 'fg_dapo[verl-cpu]' (verl-gpu on a machine with GPUs), or make env-dev in a checkout"]),
+    (ModuleNotFoundError("No module named 'openai'", name="openai"), ["openai is not installed; pip install 'fg_dapo[llm]', or make env-dev in a checkout"]),
+    (ModuleNotFoundError("No module named 'strange'", name="strange"), ["strange is not installed; pip install strange"]),
+    (ImportError("feedback needs openai: pip install 'fg_dapo[llm]'"), ["feedback needs openai: pip install 'fg_dapo[llm]'"]),
+    (ImportError("libcuda.so.1: cannot open shared object file", name="torch"), ["a package does not work here: libcuda.so.1: cannot open shared object file"]),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "invalid start byte"), None),
 ])
 def test_which_errors_are_the_users(error, lines):
     assert explain(error) == lines
@@ -160,9 +225,17 @@ def test_traceback_shows_it(monkeypatch):
     broken(monkeypatch, ValueError("one"))
     with pytest.raises(ValueError, match="one"): ask("--traceback", "config")
 
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
-    broken(monkeypatch, TypeError("ours"))
-    with pytest.raises(TypeError): ask("config")
+@pytest.mark.parametrize("error", [TypeError("ours"), KeyError(3), AssertionError(), RecursionError("deep\ndeep"), MemoryError(), ZeroDivisionError("division by zero"), RuntimeError("\x1b[31mred \ud800"),
+    UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)"), AttributeError("'NoneType' object has no attribute 'x'"), ModuleNotFoundError("No module named 'fg_dapo.x'", name="fg_dapo.x")], ids=lambda e: type(e).__name__)
+def test_a_defect_is_one_line_that_says_where_its_traceback_is(monkeypatch, tmp_path, error):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    broken(monkeypatch, error)
+    for n in (1, 2): # The second file does not replace the first
+        code, said = ask("config")
+        kept = Path(said.strip().rpartition(" ")[2])
+        assert code == 1 and said.count("\n") == 1 and said.startswith(f"error: {type(error).__name__}") and "Traceback" not in said and "\x1b" not in said
+        assert len(list(tmp_path.iterdir())) == n and kept.parent == tmp_path and "Traceback (most recent call last)" in kept.read_text() and "load_config" in kept.read_text()
+    with pytest.raises(type(error)): ask("--traceback", "config")
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch):
     broken(monkeypatch, KeyboardInterrupt())
@@ -370,6 +443,7 @@ if stage == "train": synthetic_run(out, arm, steps=4)
 def stand_in(empty, monkeypatch):
     "An empty folder with data and a model, and a trainer that invents its numbers."
     (empty / "data").mkdir()
+    for f in (ROOT / "data").glob("*.json*"): (empty / "data" / f.name).write_bytes(f.read_bytes())
     model(empty / "data" / "tiny")
     def start(job, stage): return subprocess.Popen([sys.executable, "-c", STAND_IN, stage, job.config.arm, str(job.out)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     monkeypatch.setattr(demo, "start", start)

@@ -1,11 +1,12 @@
 """Settings: what is shipped is valid, what is wrong is refused with the key and the way out."""
+import os, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given, settings, strategies as st
 
-from fg_dapo.config import ConfigError, RunConfig, check_config, conflicts, dump, keys, load_arms, load_config, merge, parse_override
+from fg_dapo.config import ConfigError, RunConfig, check_config, conflicts, dump, keys, load_arms, load_config, merge, parse_override, read_yaml, _yaml_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "experiments" / "configs"
 KEYS = keys()
@@ -182,11 +183,102 @@ def test_a_cold_filter_needs_two_cold_rows():
     assert "one cold row always does" in errors("algorithm.filter_on=cold", f"{top}.start_rollout=1")[0]
     load_config(None, ["algorithm.filter_on=cold", f"{top}.start_rollout=1", f"{top}.enable=false"])
 
-@pytest.mark.parametrize("text, words", [("seed: 1\nseed: 2", "is there twice"), ("seed: [1", "not YAML"), ("- 1", "expected `key: value`"), ("train:\n  steps: 1\n  steps: 2", "line 3")])
+@pytest.mark.parametrize("text, words", [("seed: 1\nseed: 2", "is there twice"), ("seed: [1", "not YAML"), ("- 1", "expected `key: value`"), ("train:\n  steps: 1\n  steps: 2", "c.yaml:3: 'train.steps' is there twice, first in line 2")])
 def test_a_broken_file_is_named(tmp_path, text, words):
     (tmp_path / "c.yaml").write_text(text)
     found = errors(path=tmp_path / "c.yaml")
     assert words in found[0] and str(tmp_path / "c.yaml") in found[0]
+
+# YAML as it is read here
+
+@pytest.mark.parametrize("override, words", [
+    ("seed=010", "write 10"), ("seed=-010", "write -10"), ("seed=1_000", "write 1000, without quotes"), ("seed=1:30", "write one plain number"), ("seed='8'", "write 8, without quotes"), ("algorithm.lr=1,5", "write one plain number"), ("data.shuffle=yes", "write true"),
+    ("data.shuffle=off", "write false"), ("data.shuffle='true'", "write true"), ("algorithm.lr=010", "write 10"),
+    ("train.steps=true", "allowed is from 1 to 1_000_000_000"), ("train.steps=3.0", "allowed is from 1 to"), ("train.steps=0", "allowed is from 1 to"), ("train.steps=-3", "allowed is from 1 to"),
+    ("train.steps=99999999999", "allowed is from 1 to"), ("train.steps=" + "9" * 6000, "a number of 6000 characters is too long"), ("train.threads=1025", "from 1 to 1_024"), ("seed=4294967296", "from 0 to 4_294_967_295"),
+    ("algorithm.feedback_guidance.wave_sizes=[2, 0]", "wave_sizes.1: "), ("algorithm.feedback_guidance.wave_sizes=[2, 0]", "allowed is from 1 to"),
+    *((f"{key}={bad}", "allowed is from 0.05 to 20") for key in ("train.temperature", "algorithm.transfer.temperature") for bad in ("0", "1e-9", "-1", "21", ".nan", ".inf", "-.inf", "1e400", "true", "warm")),
+    *((f"evaluation.temperature={bad}", words) for bad, words in (("1e-9", "0 (greedy) or from 0.05"), ("-1", "from 0 to 20"), (".nan", "from 0 to 20"), ("21", "from 0 to 20"))),
+    ("algorithm.clip_low=1", "and below 1"), ("algorithm.lr=0", "from 1e-12 to 1"), ("algorithm.pg_weight=1e9", "from 0 to 1_000"),
+    ("train.log=[jsonl, paper]", "train.log.1"), ("train={steps: 3, stepps: 4}", "unknown key 'train.stepps'; the nearest is 'train.steps'"),
+    ("policy.checkpoint=$NO_SUCH_NAME/x", "no variable NO_SUCH_NAME"), ("policy.checkpoint=~nobody-here/x", "there is no user 'nobody-here'"), ("policy.checkpoint=''", "at least 1 character"), ("data.folder=\"a\\0b\"", "U+0000"), ("arm=\"\\ud800\"", "U+D800"),
+    ("seed=*a", "no anchor 'a'"), ("seed=&a [*a]", "'a' holds itself"), ("seed=!!python/object:os.system x", "is not understood; leave it out"), ("seed=" + "[" * 50_000, "nested more than 30 levels"), ("seed=[1", "not YAML"),
+])
+def test_a_value_that_is_not_what_it_seems_is_refused_with_what_was_meant(override, words):
+    found = errors(override)
+    assert any(words in e for e in found) and all(e.startswith("override ") for e in found), found
+
+@pytest.mark.parametrize("text, value", [("0", 0), ("-3", -3), ("+3", 3), ("0x1F", 31), ("0o17", 15), ("3e-4", 3e-4), ("1.", 1.0), (".5", .5), ("007.5", 7.5), ("true", True), ("False", False), ("~", None), ("null", None), ("", None), ("010", "010"), ("1:30", "1:30"), ("1:30:00", "1:30:00"),
+    ("1_000", "1_000"), ("yes", "yes"), ("No", "No"), ("on", "on"), ("off", "off"), ("2026-01-31", "2026-01-31"), ("'3'", "3"), ('"true"', "true"), ("!!str 3", "3"), ("! 3", "3"), ("=", "="), ("٣", "٣"), ("0b11", "0b11"), ("1e", "1e"), (".", "."), ("-", [None])])
+def test_plain_values_are_read_as_yaml_1_2_reads_them(text, value):
+    found = parse_override(f"seed={text}")["seed"]
+    assert found == value and type(found) is type(value)
+
+def test_anchors_may_be_merged_again_and_again():
+    text = "base: &b {x: 1, y: 1}\none: &o {<<: *b, y: 2}\ntwo: {<<: *o, z: 3}\nthree: {<<: *o}\nfour: {<<: [*b, *o]}\nfive: {<<: *b, <<: *o, x: 5}\nsix: *o"
+    raw = read_yaml(text)
+    assert raw == dict(base=dict(x=1, y=1), one=dict(x=1, y=2), two=dict(x=1, y=2, z=3), three=dict(x=1, y=2), four=dict(x=1, y=1), five=dict(x=5, y=1), six=dict(x=1, y=2))
+
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+
+@pytest.mark.parametrize("text, line, words", [
+    (LAUGHS, 5, "unfold into more than"), ("a: &a\n  b: *a", 2, "holds itself"), ("a: 1\nb: *c", 2, "no anchor 'c'"), ("a: 1\nb: " + "[" * 100_000, 2, "nested more than"), ("a: 1\nb: " + "{a: " * 50_000, 2, "nested more than"),
+    ("- " * 100_000, 1, "nested more than"), ("seed: 1\n\narm: x\nseed: 2", 4, "'seed' is there twice, first in line 1"), ("train:\n  steps: 1\n  'steps': 2", 3, "'train.steps' is there twice, first in line 2"), ("a: 1\n---\nb: 2", 2, "a second document"), ("a: 1\n? [x, y]\n: 3", 2, "plain word"),
+    ("a: 1\n\tb: 2", 2, "not YAML"), ("a: !!binary x\nb: !y z", 1, "is not understood"), ("a: \x07", 1, "not YAML"), ("a: 1\nb: \"\\ud800\"", 2, "U+D800"), ("<<: 3", 1, "takes a section"), ("- 1", 1, "expected `key: value`"), ("x" * 500_000, 1, "settings have at most"),
+])
+def test_what_no_honest_file_holds_is_refused_at_once_with_its_line(text, line, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    began = time.monotonic()
+    found = errors(path=tmp_path / "c.yaml")
+    assert time.monotonic() - began < 2
+    assert found[0].startswith(f"{tmp_path / 'c.yaml'}:{line}: ") and words in found[0], found[0][:200]
+
+def test_every_repeated_key_is_named_at_once(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: 1\ntrain: {steps: 1, steps: 2}\nseed: 3\n")
+    assert [e.partition("c.yaml:")[2] for e in errors(path=tmp_path / "c.yaml")] == ["2: 'train.steps' is there twice, first in line 2; keep one", "3: 'seed' is there twice, first in line 1; keep one"]
+
+@pytest.mark.parametrize("text, key, words", [("train.steps: 3", "train.steps", "write train: {steps: 3}"), ("algorithm: {transfer.mode: none}", "transfer.mode", "write transfer: {mode: none} below algorithm"),
+    ("algorithm.feedback_guidance.llm.model: x", "algorithm.feedback_guidance.llm.model", "write algorithm: {feedback_guidance: {llm: {model: x}}}"), ("train.step: 3", "train.step", "the nearest is 'train.steps'")])
+def test_a_path_in_one_word_is_answered_with_how_it_is_written(text, key, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"seed: 1\n{text}\n")
+    (found,) = errors(path=tmp_path / "c.yaml")
+    assert found.startswith(f"{tmp_path / 'c.yaml'}:2: ") and repr(key) in found and words in found
+
+@pytest.mark.parametrize("encoding, words", [("utf-16", ":1: is UTF-16"), ("utf-16-le", ":1: is UTF-16"), ("utf-32", ":1: is UTF-16 or UTF-32"), ("latin-1", ":2: byte 0xe9 is not UTF-8")])
+def test_another_encoding_is_named_with_the_file(encoding, words, tmp_path):
+    (tmp_path / "c.yaml").write_bytes("seed: 1\n# café\n".encode(encoding))
+    assert errors(path=tmp_path / "c.yaml")[0].startswith(f"{tmp_path / 'c.yaml'}{words}")
+    with pytest.raises(ConfigError, match="UTF-8"): load_arms(tmp_path / "c.yaml")
+
+def test_utf_8_is_read_whatever_the_locale_and_with_a_mark(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("\ufeffdata: {folder: daten/größe}\n".encode())
+    assert load_config(tmp_path / "c.yaml").data.folder == "daten/größe"
+    code = f"from fg_dapo.config import load_config; print(ascii(load_config({str(tmp_path / 'c.yaml')!r}).data.folder))"
+    r = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(CONFIGS.parents[1])})
+    assert r.stdout.strip() == ascii("daten/größe"), r.stderr
+
+def test_home_and_variables_are_expanded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELS", str(tmp_path / "m"))
+    c = load_config(None, ["data.folder=~/data", "policy.checkpoint=$MODELS/tiny", "algorithm.feedback_guidance.llm.cache=${HOME}/cache"])
+    assert (c.data.folder, c.policy.checkpoint, c.algorithm.feedback_guidance.llm.cache) == tuple(str(tmp_path / x) for x in ("data", "m/tiny", "cache"))
+    (tmp_path / "c.yaml").write_text(dump(c))
+    assert load_config(tmp_path / "c.yaml") == c
+    assert load_config(None, ["policy.checkpoint=Qwen/Qwen3-8B", "data.folder=a~b/c$"]).data.folder == "a~b/c$"
+
+def test_an_error_names_the_line_also_behind_an_alias(tmp_path):
+    (tmp_path / "c.yaml").write_text("common:\n  train: &t {steps: 0}\narms:\n  one: {train: {<<: *t, rollouts: 6}}\n  two:\n    seed: -1\n")
+    with pytest.raises(ConfigError) as e: load_arms(tmp_path / "c.yaml")
+    assert [x.partition("c.yaml:")[2][:18] for x in e.value.errors] == ["4: train.steps: in", "2: train.steps: in", "6: seed: input sho"]
+
+@given(st.one_of(st.text(max_size=12), st.sampled_from(["010", "1:30", "yes", "off", "~", "<<", "=", "0o7", "1e5", "1_0", "null", "0x1", ".5", "-", "*a", "&a", "!x", "%", "@", "`", "a: b", "a #b", "- a", "? a", "2026-01-31", "1.", "+1", ".inf"])))
+@settings(deadline=None, max_examples=200)
+def test_any_text_is_written_so_that_it_reads_back_as_that_text(text):
+    bad = any(not (ch.isprintable() or ch in "\n\t") or 0xD800 <= ord(ch) < 0xE000 for ch in text)
+    if bad: return
+    made = RunConfig(algorithm=dict(feedback_guidance=dict(llm=dict(model=f"x{text}"))))
+    assert check_config(read_yaml(dump(made))) == made
+    if text: assert read_yaml(f"x: {_yaml_text(text)}") == dict(x=text)
 
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match="none.yaml.*experiments/configs"): load_config("none.yaml")

@@ -11,8 +11,8 @@ from scipy import stats
 from fg_dapo.core import append_jsonl, read_json, write_json
 from fg_dapo.evaluation import plots
 from fg_dapo.evaluation.failures import failure_counts, failure_table, failures_by_level, feedback_effect
-from fg_dapo.evaluation.metrics import (behavioral, censored_ratio, compute_all_metrics, eval_stream, first_reach, holm, iqm, median_reach, pass_at_k, pass_hat_k,
-    pass_table, seed_interval, stratified_bootstrap, success_rate, verdict)
+from fg_dapo.evaluation.metrics import (arm_iqm, behavioral, censored_ratio, compute_all_metrics, eval_stream, first_reach, holm, iqm, mean_interval, median_reach, pass_at_k, pass_hat_k,
+    pass_table, seed_interval, sign_flip, stratified_bootstrap, success_rate, verdict)
 from fg_dapo.evaluation.report import build_report, example_group, final_rates, frame, load_runs, md_block, code, to_markdown, write_report
 from fg_dapo.evaluation.synthetic import synthetic_run
 
@@ -158,8 +158,96 @@ def test_failure_table_counts():
     assert failures_by_level(pd.concat([rows, pd.DataFrame([roll("x", level=4)])])).set_index(["arm", "kind"]).loc[("a", "x"), 4] == 1.0
 
 def test_failure_counts_use_all_episodes():
-    t = failure_counts(pd.DataFrame([dict(arm="a", mode="cold", n=10, k=2, acc=0.9, failures=dict(x=2))]))
+    t = failure_counts(pd.DataFrame([dict(arm="a", mode="cold", n=20, k=2, acc=0.9, failures=dict(x=2))]))
     assert t[["n", "episodes"]].values.tolist() == [[2, 20]]
+
+@pytest.mark.parametrize("n,k,failures,acc,want", [
+    (16, 4, dict(x=16), 0.0, {"x": 1.0}), # 16 failed of 16 is all of them, however many samples a task has
+    (16, 1, dict(x=4, y=4), 0.5, {"x": 0.25, "y": 0.25}),
+    (8, 8, dict(x=1), 0.5, {"x": 0.125, "unknown": 0.375}), # Three failed without a kind
+    (4, 2, {}, 1.0, {}), (4, 2, {}, None, {}), (4, None, dict(x=1), None, {"x": 0.25})])
+def test_shares_of_failures_are_of_episodes(n, k, failures, acc, want):
+    t = failure_counts(pd.DataFrame([dict(arm="a", mode="cold", n=n, k=k, acc=acc, failures=failures)]))
+    assert dict(zip(t["kind"], t["share_of_episodes"])) == want
+
+@pytest.mark.parametrize("row,says", [(dict(n=3, failures=dict(x=4)), "4 failed episodes of n = 3"), (dict(n=float("nan"), failures=dict(x=4)), "n is nan"),
+    (dict(n=2.5, failures={}), "n is 2.5"), (dict(n=9, failures=dict(x=-1)), "'x': -1"), (dict(n=9, failures=dict(x=.5)), "'x': 0.5"), (dict(n=-1, failures={}), "n is -1")])
+def test_counts_of_failures_that_cannot_be_are_refused(row, says):
+    with pytest.raises(ValueError, match=re.escape(says)): failure_counts(pd.DataFrame([dict(arm="a", mode="cold", **row)]))
+
+@quick
+@given(st.lists(st.sampled_from([None, "x", "y"]), min_size=1, max_size=40), st.integers(1, 8))
+def test_counts_and_rows_of_failures_make_one_table(outcomes, k):
+    rows = pd.DataFrame([dict(arm="a", mode="cold", acc=int(f is None), failure=f) for f in outcomes])
+    counts = {f: outcomes.count(f) for f in ("x", "y") if f in outcomes}
+    row = dict(arm="a", mode="cold", n=len(outcomes), k=k, acc=float(rows["acc"].mean()), failures=counts)
+    assert failure_counts(pd.DataFrame([row])).to_dict() == failure_table(rows).to_dict()
+
+NO_NUMBERS = [float("nan"), float("inf"), -float("inf"), np.float64("nan"), "many", [], 1e200]
+
+@pytest.mark.parametrize("bad", NO_NUMBERS)
+def test_what_is_no_number_is_named_and_never_a_result(bad):
+    says = re.escape(repr(bad))
+    for f in (mean_interval, sign_flip):
+        with pytest.raises(ValueError, match=f"2 is {says}"): f([0.1, None, bad, 0.3])
+    with pytest.raises(ValueError): verdict(2.0, bad, 2.5, 5)
+    with pytest.raises(ValueError): verdict(2.0, 2.5, bad, 5)
+    with pytest.raises(ValueError): censored_ratio([(bad, False), (10, False)], [(10, False), (10, False)])
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.1, 1.1, None, "0.3"])
+def test_holm_refuses_what_is_no_probability(bad):
+    with pytest.raises(ValueError, match=re.escape(f"p-value {bad!r} of 'b'")): holm(dict(a=0.1, b=bad))
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_resampling_refuses_a_hole_in_the_scores(bad):
+    with pytest.raises(ValueError, match="run 1, task 1 is"): stratified_bootstrap([[0.1, 0.2], [0.1, bad]])
+    if bad is not None:
+        with pytest.raises(ValueError, match="score 1 is"): iqm([0.1, bad])
+
+@pytest.mark.parametrize("bad", [float("inf"), "many"])
+def test_a_rate_that_is_no_number_is_named(bad):
+    with pytest.raises(ValueError, match=f"rate 1 is {bad!r}"): seed_interval([0.1, bad, 0.3])
+
+def test_little_is_a_defined_result():
+    assert sign_flip([]) is None and sign_flip([None]) is None and sign_flip([0, 0.0, -0.0]) == 1.0 and sign_flip([0.3]) == 1.0
+    nothing, one = dict(value=None, low=None, high=None, n=0), dict(value=0.3, low=None, high=None, n=1)
+    assert mean_interval([]) == mean_interval([None]) == nothing and mean_interval([0.3]) == mean_interval([None, 0.3]) == one
+    same = mean_interval([0.25] * 4)
+    assert same == dict(value=0.25, low=0.25, high=0.25, n=4)
+    assert iqm([]) is None and iqm([0.4]) == 0.4
+    assert stratified_bootstrap([[0.4]]) == dict(value=0.4, low=None, high=None, runs=1, tasks=1)
+    assert stratified_bootstrap([[0.5], [0.5]], reps=9) | dict(runs=0) == dict(value=0.5, low=0.5, high=0.5, runs=0, tasks=1)
+    for empty in ([], [[]], [[], []]):
+        with pytest.raises(ValueError, match="at least 1 x 1"): stratified_bootstrap(empty)
+    with pytest.raises(ValueError, match="reps=0"): stratified_bootstrap([[0.1], [0.2]], reps=0)
+    with pytest.raises(ValueError, match="run 1, task 0 is nan"): stratified_bootstrap([[0.1, 0.2], [float("nan"), 0.2]])
+    with pytest.raises(ValueError, match="no results"): arm_iqm([])
+    with pytest.raises(ValueError, match="2.5 successes of 10"): success_rate(2.5, 10)
+    with pytest.raises(ValueError, match="2 rates and 1 counts"): seed_interval([0.1, 0.2], [10])
+    assert seed_interval([0.4], [float("nan")])["how"] == "none"
+
+measured = st.one_of(st.none(), st.floats(-1e6, 1e6), st.integers(-5, 5), st.booleans())
+
+@quick
+@given(st.lists(measured, max_size=10))
+def test_a_paired_test_and_its_interval_are_numbers_for_all_that_was_measured(values):
+    some = [v for v in values if v is not None]
+    p, m = sign_flip(values), mean_interval(values)
+    assert m["n"] == len(some) and (p is None) == (not some)
+    if some: assert 2 ** -len(some) <= p <= 1 and np.isfinite(m["value"])
+    if len(some) > 1: assert m["low"] <= m["value"] <= m["high"] and np.isfinite([m["low"], m["high"]]).all()
+
+@quick
+@given(st.lists(st.integers(-100, 100), min_size=2, max_size=10), st.sampled_from([1e-100, 1e-15, 1e-3, 1, 1e100]))
+def test_the_unit_of_a_difference_does_not_matter(values, unit):
+    ours = sign_flip([v * unit for v in values])
+    if not any(values): assert ours == 1.0
+    else: assert ours == pytest.approx(stats.permutation_test((np.array(values),), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
+    x = np.array(values, float) * unit
+    if np.ptp(x) > 0:
+        low, high = stats.t.interval(0.95, len(x) - 1, x.mean(), stats.sem(x))
+        m = mean_interval(x)
+        assert (m["low"], m["high"]) == pytest.approx((low, high), rel=1e-9, abs=1e-12 * unit)
 
 def test_feedback_effect_pairs_attempts_of_the_same_trial():
     def fb(group, attempt, failure, **kw): return roll(failure, mode="feedback", group=group, attempt=attempt, **kw)

@@ -1,5 +1,5 @@
 "Feedback of a language model, over real HTTP: what leaves the process, what comes back, and all the ways in which nothing usable does."
-import asyncio, json, logging, socket, sqlite3, string, subprocess, sys, threading, time
+import asyncio, gzip, json, logging, re, signal, socket, sqlite3, string, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,14 +14,15 @@ from fg_dapo.config import LLMConfig, load_config
 from fg_dapo.core import rng_for
 from fg_dapo.method.diagnosis import FAILURE_KINDS, FailureInfo, diagnose
 from fg_dapo.method.feedback import FeedbackGenerator, RuleBased, rule_based_feedback
-from fg_dapo.method.llm_feedback import HIDDEN, LLM_TEMPLATES, REASONS, AnswerCache, ChatClient, FullLLM, Hider, LLMEnhanced, llm_messages, make_generator, read_attempt, show_turns
+from fg_dapo.method.values import HIDDEN, Hider
+from fg_dapo.method.llm_feedback import LLM_TEMPLATES, REASONS, AnswerCache, ChatClient, FullLLM, LLMEnhanced, in_parallel, llm_messages, make_generator, read_attempt, show_turns
 from fg_dapo.world.directory import CompanyDirectory
 
 from conftest import ROOT
 
 ANSWER = dict(path=("Customer Service", "Billing"), phones={"Customer Service": "212-555-0143", "Billing": "212-555-0142"},
     fields={"Customer Service": ("full_name",), "Billing": ("account_number", "pin")}, required_fields=("account_number", "full_name", "pin"))
-INFO = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", missing_fields=("pin",), known={"Billing": ("account_number", "pin")}, **ANSWER)
+INFO = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", accepted={"Billing": ("account_number",)}, still_wants={"Billing": ("pin",)}, **ANSWER)
 VALUES = ("4402", "Ana Example", "7313", "987-65-4320", "TEST-4402", "maple", "ana01@example.org")
 TRANSCRIPT = ("<|task|> Dispute a charge at Harbor Bank.<|act|>search Harbor Bank<|end|><|tool|> Billing 212-555-0142<|act|>form account_number<|end|><|tool|> account_number=TEST-4402"
     "<|act|>call 212-555-0142 account_number=TEST-4402<|end|><|tool|> verified: account_number; missing: pin<|act|>")
@@ -46,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
             with s.lock: s.now -= 1
     def answer(self, say, body):
         if isinstance(say, str): say = dict(content=say)
+        if "send" in say: return say["send"](self)
         if "sleep" in say: self.server.stop.wait(say["sleep"])
         if say.get("drop"):
             self.close_connection = True
@@ -56,8 +58,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(say.get("status", 200))
         self.send_header("Content-Type", say.get("type", "application/json"))
         self.send_header("Content-Length", str(len(raw)))
+        for name, value in say.get("headers", {}).items(): self.send_header(name, value)
         self.end_headers()
         self.wfile.write(raw)
+    def do_GET(self): self.server.heard.append((self.path, self.headers, None))
     def log_message(self, *args): pass
 
 class Server(ThreadingHTTPServer):
@@ -116,7 +120,7 @@ def test_enhanced_shows_the_rules_text_and_full_does_not(server):
     for p in (enhanced, full): assert FAILURE_KINDS["missing_auth"] in p and "Request: Dispute a charge at Harbor Bank." in p and "Agent: form account_number" in p
 
 def test_the_answer_half_of_a_diagnosis_is_not_sent(server):
-    other = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", missing_fields=("pin",), known={"Billing": ("account_number", "pin")},
+    other = FailureInfo("missing_auth", "Harbor Bank", asked=("account_number",), called="Billing", accepted={"Billing": ("account_number",)}, still_wants={"Billing": ("pin",)},
         path=("Fraud",), phones={"Fraud": "646-555-0101"}, fields={"Fraud": ("email",)}, required_fields=("email",))
     for cls in (LLMEnhanced, FullLLM):
         llm(server, cls)(INFO, TRANSCRIPT), llm(server, cls)(other, TRANSCRIPT)
@@ -159,9 +163,9 @@ def test_an_answer_becomes_one_line(server):
 
 @pytest.mark.parametrize("say, reason", [
     (dict(sleep=30), "timeout"),
-    (dict(status=500), "error"), (dict(status=404, raw='{"error": {"message": "no such model"}}'), "error"), (dict(status=429), "error"), (dict(drop=True), "error"),
-    (dict(raw="{oops"), "error"), (dict(raw="<html>busy</html>", type="text/html"), "error"), (dict(raw='{"choices": []}'), "error"), (dict(raw="[]"), "error"), (dict(raw='{"choices": [{"message": {"content": 7}}]}'), "error"),
-    (dict(raw='{"choices": [{"index": 0, "message": null}]}'), "error"),
+    (dict(status=500), "status"), (dict(status=401), "status"), (dict(status=404, raw='{"error": {"message": "no such model"}}'), "status"), (dict(status=429), "status"), (dict(drop=True), "connection"),
+    (dict(raw="{oops"), "garbled"), (dict(raw="<html>busy</html>", type="text/html"), "garbled"), (dict(raw='{"choices": []}'), "garbled"), (dict(raw="[]"), "garbled"),
+    (dict(raw='{"choices": [{"message": {"content": 7}}]}'), "garbled"), (dict(raw='{"choices": [{"index": 0, "message": null}]}'), "garbled"),
     (dict(content=""), "empty"), (dict(content=" \n"), "empty"), (dict(content=None), "empty"), (dict(content="<think>All the budget went into"), "empty"), (dict(content="<think></think>"), "empty"),
     ("Tell Billing that it is 7313.", "gate"), ("Tell Billing that she is ana  EXAMPLE.", "gate"), ("Give Billing 987 65 4320.", "gate"), ("Give Billing 987654320.", "gate"), ("Say TEST-4402 to Billing.", "gate"), ("Say maple to Billing.", "gate"),
     ("Give Billing the pin 5551.", "gate"), # Nobody's value, but no number of a department either
@@ -195,7 +199,7 @@ def test_the_fallback_has_the_detail_asked_for(server):
 
 def test_a_dead_server_is_a_fallback():
     generate = LLMEnhanced(ChatClient(LLMConfig(base_url="http://127.0.0.1:9/v1", timeout_seconds=2.0), 0), VALUES)
-    assert generate(INFO, TRANSCRIPT) == FALLBACK and counts(generate) == dict(asked=1, requests=1, error=1)
+    assert generate(INFO, TRANSCRIPT) == FALLBACK and counts(generate) == dict(asked=1, requests=1, connection=1)
 
 def test_a_failed_request_is_tried_again(server):
     server.says = [dict(status=503), GOOD]
@@ -213,7 +217,7 @@ def test_after_failures_in_a_row_it_is_left_alone_for_a_while(server, caplog):
     generate = llm(server, patience=3, pause_seconds=60.0)
     with caplog.at_level(logging.WARNING, logger="fg_dapo.method.llm_feedback"):
         for _ in range(5): assert generate(INFO, TRANSCRIPT) == FALLBACK
-    assert counts(generate) == dict(asked=5, requests=3, error=3, paused=2) and len(server.heard) == 3
+    assert counts(generate) == dict(asked=5, requests=3, status=3, paused=2) and len(server.heard) == 3
     [record] = caplog.records
     assert server.url in record.message and "3 times in a row" in record.message and "llm.base_url" in record.message and "InternalServerError" in record.message
 
@@ -228,13 +232,151 @@ def test_a_success_between_failures_resets_the_count(server):
     server.says = [dict(status=500), dict(status=500), GOOD, dict(status=500), dict(status=500), GOOD]
     generate = llm(server, patience=3)
     for _ in range(6): generate(INFO, TRANSCRIPT)
-    assert counts(generate) == dict(asked=6, requests=6, error=4, written=2)
+    assert counts(generate) == dict(asked=6, requests=6, status=4, written=2)
 
 def test_an_unusable_text_is_no_failure_of_the_server(server):
     server.says = ["no"]
     generate = llm(server, patience=2)
     for _ in range(4): generate(INFO, TRANSCRIPT)
     assert counts(generate) == dict(asked=4, requests=4, gate=4)
+
+# A server that is anything but a language model
+
+def drip(body, seconds=.1):
+    "One byte at a time: of the body, or of the headers already."
+    def send(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"Content-Type: application/json\r\nContent-Length: 100000\r\n\r\n" if body else b"X-Slow: "))
+        while not handler.server.stop.wait(seconds): handler.wfile.write(b" " if body else b"x")
+    return dict(send=send)
+
+def flood(told, packed=False):
+    "30 megabytes, with their length in the headers or without; or a small packed body."
+    def send(handler):
+        raw = gzip.compress(b" " * 3_000_000) if packed else b" " * 30_000_000
+        head = [b"HTTP/1.1 200 OK", b"Content-Type: application/json", b"Content-Encoding: gzip" if packed else b"X: y", f"Content-Length: {len(raw)}".encode() if told else b"Connection: close"]
+        handler.close_connection = True
+        handler.wfile.write(b"\r\n".join(head) + b"\r\n\r\n" + raw)
+    return dict(send=send)
+
+PAGE = "<!doctype html><html><body>Ask for pin.</body></html>"
+
+@pytest.mark.parametrize("say, reason", [
+    (drip(True), "timeout"), (drip(False), "timeout"), (dict(sleep=30), "timeout"),
+    (dict(status=429, headers={"Retry-After": "50"}), "status"), (dict(status=429, headers={"Retry-After": "Fri, 31 Dec 2099 23:59:59 GMT"}), "status"), (dict(status=503, headers={"retry-after-ms": "50000"}), "status"),
+    (dict(status=401), "status"), (dict(status=404), "status"), (flood(True), "flood"), (flood(False), "flood"), (flood(True, packed=True), "flood"),
+    (dict(raw=PAGE, type="text/html"), "garbled"), (dict(raw=PAGE), "garbled"), (dict(drop=True), "connection"),
+    (dict(status=307, headers={"Location": "/v1/elsewhere"}), "redirect"), (dict(status=302, headers={"Location": "/v1/elsewhere"}), "redirect"),
+], ids=["drip", "drip headers", "hang", "retry after", "retry at", "retry ms", "401", "404", "30 MB", "30 MB untold", "packed", "page", "page as json", "drop", "307", "302"])
+def test_a_bad_server_costs_at_most_the_timeout_and_is_counted(server, say, reason):
+    server.says, generate = [say], llm(server, timeout_seconds=2.0, max_retries=1)
+    start = time.monotonic()
+    assert generate(INFO, TRANSCRIPT) == FALLBACK
+    assert time.monotonic() - start < 2.8
+    assert counts(generate) == {"asked": 1, "requests": 1, reason: 1}
+
+def test_a_redirect_carries_the_transcript_to_no_other_host(server):
+    other = Server(("127.0.0.1", 0), Handler)
+    other.heard, other.says, other.lock, other.now, other.most, other.stop = [], [GOOD], threading.Lock(), 0, 0, threading.Event()
+    threading.Thread(target=other.serve_forever, kwargs=dict(poll_interval=.01), daemon=True).start()
+    for status in (301, 302, 303, 307, 308):
+        server.says = [dict(status=status, headers={"Location": f"http://127.0.0.1:{other.server_port}/v1/chat/completions"})]
+        assert llm(server, max_retries=1)(INFO, TRANSCRIPT) == FALLBACK
+    assert other.heard == []
+    other.shutdown()
+    other.server_close()
+
+def test_a_proxy_of_the_environment_gets_nothing(server, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"): monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert llm(server)(INFO, TRANSCRIPT) == GOOD
+
+def test_a_short_retry_after_is_honoured(server):
+    server.says = [dict(status=429, headers={"Retry-After": "0.05"}), GOOD]
+    assert llm(server, max_retries=1)(INFO, TRANSCRIPT) == GOOD
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_hung_request_at_once(server, signal_name):
+    server.says = [dict(sleep=60)]
+    code = f"""
+import signal
+from fg_dapo.config import LLMConfig
+from fg_dapo.method.diagnosis import FailureInfo
+from fg_dapo.method.llm_feedback import ChatClient, LLMEnhanced
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+generate = LLMEnhanced(ChatClient(LLMConfig(base_url={server.url!r}, timeout_seconds=60.0), 0))
+generate(FailureInfo("gave_up", "Harbor Bank"), {TRANSCRIPT!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    until(lambda: server.heard, 60)
+    start = time.monotonic()
+    process.send_signal(getattr(signal, signal_name))
+    assert process.wait(10) != 0 and time.monotonic() - start < 3
+
+def test_a_wave_of_failures_is_written_at_the_same_time_and_in_order(server):
+    def say(body): return dict(content=f"Ask for pin, {re.search('Harbor Bank ([a-z]+)', body['messages'][1]['content'])[1]}.", sleep=.25)
+    server.says = [say]
+    serial, wave = llm(server), llm(server)
+    start = time.monotonic()
+    together = in_parallel(lambda i: wave(INFO, attempt(i)), range(32), wave.workers)
+    took = time.monotonic() - start
+    assert took < 32 * .25 / 4 and together == in_parallel(lambda i: serial(INFO, attempt(i)), range(32), 1)
+    assert len(set(together)) == 32 and counts(wave) == counts(serial) == dict(asked=32, written=32, requests=32)
+
+def test_what_fails_in_parallel_is_raised_and_nothing_more_is_begun():
+    begun = []
+    def work(i):
+        begun.append(i)
+        time.sleep(.02)
+        if i == 3: raise ValueError("three")
+    with pytest.raises(ValueError, match="three"): in_parallel(work, range(200), 4)
+    assert len(begun) < 100
+
+DISGUISED = ["4 4 0 2", "4-4-0-2", "4\u200b4\u200b0\u200b2", "four four zero two", "forty-four zero two", "NDQwMg==", "34 34 30 32", "\uff14\uff14\uff10\uff12", "2044"]
+
+@pytest.mark.parametrize("said", DISGUISED)
+@pytest.mark.parametrize("cls", [LLMEnhanced, FullLLM])
+def test_a_disguised_value_is_neither_sent_nor_shown(server, said, cls):
+    server.says = [f"Ask for pin and say {said} to Billing."]
+    generate = cls(ChatClient(LLMConfig(base_url=server.url), 0), ["4402", "maple"])
+    assert generate(INFO, TRANSCRIPT.replace("search Harbor Bank<", f"I say {said} now. search Harbor Bank<")) == FALLBACK
+    assert said not in prompts(server)[0] and counts(generate) == dict(asked=1, requests=1, gate=1)
+
+@pytest.mark.parametrize("text", ["Do nothing about pin, it is a waste.", "Fraud wants: pin.", "Call Fraud next.", "Billing does not handle this.", "Billing wants the email address."])
+def test_advice_against_the_facts_is_not_shown(server, text):
+    server.says, generate = [text], llm(server)
+    assert generate(INFO, TRANSCRIPT) == FALLBACK and counts(generate) == dict(asked=1, requests=1, gate=1)
+
+def test_the_warning_holds_no_control_characters(server, caplog):
+    server.says = [dict(status=500, raw='{"error": {"message": "\\u001b[31mred\\u0007"}}')]
+    generate = llm(server, patience=1)
+    with caplog.at_level(logging.WARNING, logger="fg_dapo.method.llm_feedback"): generate(INFO, TRANSCRIPT)
+    assert "red" in caplog.records[0].message and not any(c in caplog.records[0].message for c in "\x1b\x07")
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    from fg_dapo.engines.local import Trainer
+    overrides = [f"data.folder={ROOT / 'data'}", f"policy.checkpoint={ROOT / 'data/tiny'}", "train.rollouts=4", "train.tasks_per_step=8", "algorithm.feedback_guidance.start_rollout=2", "algorithm.feedback_guidance.wave_sizes=[2]"]
+    return Trainer(load_config(None, overrides), tmp_path_factory.mktemp("run"))
+
+def collected(trainer, generate):
+    from fg_dapo.engines.local import collect
+    return [(s.group, s.position, s.rollout.ids, s.result["feedback"], s.guided) for s in collect(trainer.sampler, trainer.scenarios[:8], trainer.config, 0, generate=generate)]
+
+def test_the_local_engine_writes_a_wave_at_the_same_time_and_gets_the_same(server, trainer, monkeypatch):
+    from fg_dapo.engines import local
+    server.says = [dict(content="Ask for the needed fields with auth_info_form.", sleep=.1)]
+    together = collected(trainer, llm(server, timeout_seconds=30.0))
+    at_once = server.most
+    monkeypatch.setattr(local, "in_parallel", lambda work, items, workers: [work(x) for x in items])
+    assert collected(trainer, llm(server, timeout_seconds=30.0)) == together
+    assert at_once >= 4 and any(guided for *_, guided in together) and any(f for _, _, _, f, _ in together)
+
+def test_the_local_engine_goes_on_when_a_server_drips(server, trainer):
+    server.says, generate = [drip(True)], llm(server, timeout_seconds=1.0)
+    start = time.monotonic()
+    rows = collected(trainer, generate)
+    assert len(rows) == 32 and all(f is None or "drip" not in f for *_, f, _ in rows) and time.monotonic() - start < 30
+    stats = counts(generate)
+    assert stats["timeout"] >= 1 and stats["asked"] == stats["timeout"] + stats.get("paused", 0)
 
 # Many at once
 
@@ -279,7 +421,7 @@ def test_who_shares_a_request_shares_its_failure(server):
         return dict(status=500)
     server.says = [say]
     with ThreadPoolExecutor(8) as pool: texts = list(pool.map(lambda _: generate(INFO, TRANSCRIPT), range(8)))
-    assert texts == [FALLBACK] * 8 and counts(generate) == dict(asked=8, error=8, requests=1, shared=7) and generate.client.flying == {}
+    assert texts == [FALLBACK] * 8 and counts(generate) == dict(asked=8, status=8, requests=1, shared=7) and generate.client.flying == {}
 
 # The cache
 

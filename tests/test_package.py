@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import readme
 
-LAYERS = ("core", "config", "world", "agent", "method", "policy", "engines", "evaluation", "doctor", "demo", "matrix", "bench", "cli") # A module imports from its own layer and those before it
+LAYERS = ("core", "config", "env", "chat", "world", "agent", "method", "domains", "policy", "engines", "rollout", "evaluation", "doctor", "demo", "matrix", "bench", "cli") # A module imports from its own layer and those before it
+DOMAIN_EXTRAS = dict(tau2={"inspect-ai"}) # What a required package of a domain brings along and the domain imports
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "matplotlib", "seaborn", "scipy", "numpy", "faker", "IPython")
 MODULES = sorted(p for p in (ROOT / "fg_dapo").rglob("*.py") if p.name != "_modidx.py")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -95,6 +96,8 @@ def third_party(path, top=False):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_is_imported_is_required(path):
     optional = {*required("verl-cpu_requirements"), "vllm"} if layer(name_of(path)) in ("engines", "bench", "cli") else set()
+    domain = (name_of(path).split(".") + [""])[2] if layer(name_of(path)) == "domains" else ""
+    if f"{domain}_requirements" in settings(): optional |= set(required(f"{domain}_requirements")) | DOMAIN_EXTRAS.get(domain, set())
     allowed = set(required("requirements", "local_requirements", "logging_requirements", "llm_requirements")) | optional
     assert third_party(path) <= allowed
     if layer(name_of(path)) in ("core", "config", "world", "agent", "doctor", "demo", "cli"): assert third_party(path, top=True) <= set(required("requirements"))

@@ -189,7 +189,7 @@ def test_a_dead_agent_loop_worker_ends_the_run_with_an_error(out):
 def test_a_dead_server_ends_the_run_with_an_error(out):
     with Launch(out) as run:
         step = run.sampling(1)
-        run.failed(run.strike("ray::vLLMHttpServer"), step, "a vLLM server failed: vLLMHttpServer (process ", " died: killed, or out of memory", "sampling (train)")
+        run.failed(run.strike("ray::vLLMHttpServer"), step, "vLLMHttpServer (process ", " died: killed, or out of memory", "sampling (train)")
 
 def test_a_dead_trainer_ends_the_run_with_an_error(out):
     with Launch(out) as run:

@@ -29,7 +29,7 @@ from ..core import RunDir, append_jsonl, open_run, read_json, read_jsonl, rng_fo
 from .sampler import Job, Rollout, Sampler, shown, text_ids
 from ..method.alarm import Collapsed, Watch
 from ..method.feedback import ControlFeedback, Failure, RuleBased, accumulate
-from ..method.llm_feedback import make_generator
+from ..method.llm_feedback import in_parallel, make_generator
 from ..method.groups import Group, Ledger, choose_guided, plan_waves
 from ..method.objective import dapo_loss, filter_counts, group_advantages, importance_weights, keep_groups, overlong_penalty, replay_loss
 from ..method.peers import choose_injected, choose_teachers, gate_rows, js_divergence, shaped_advantages, shaped_loss
@@ -89,15 +89,22 @@ def collect(
     def jobs(g:Group)->list[Job]:
         ready = g.ready()
         return [Job(scenarios[g.index], shown(critiques(g, p, ready[0]), sampler.chat), (g.index, p)) for p in ready]
-    def on_done(r:Rollout)->list[Job]:
+    def take(r:Rollout, result:dict)->list[Job]:
         i, p = r.job.tag
-        result = result_of(r.episode, generate, r.text)
         groups[i].record(p, result["score"], result["acc"], result["feedback"])
         company = scenarios[i].company
         if control and result["acc"] < 1 and result["feedback"]: control.note(Failure(scenarios[i].task.id, company.name, result["score"], result["feedback"], company.industry))
         out.append(Sample(r, first + i, p, bool(r.job.feedback), count(r.job.feedback), result))
         return jobs(groups[i])
-    sampler.run([j for g in groups for j in jobs(g)], seed_for(config.seed, "sample", step, *more), on_done)
+    def score(r:Rollout)->dict: return result_of(r.episode, generate, r.text)
+    start, workers, seconds = [j for g in groups for j in jobs(g)], getattr(generate, "workers", 1), 0.0
+    if workers == 1: sampler.run(start, seed_for(config.seed, "sample", step, *more), lambda r: take(r, score(r)))
+    wave = 0
+    while workers > 1 and start: # A writer that waits for a server: all failures of a wave at the same time, then the next wave
+        done = sorted(sampler.run(start, seed_for(config.seed, "sample", step, *more, "wave", wave)), key=lambda r: r.job.tag)
+        seconds, wave = seconds + sampler.env_seconds, wave + 1
+        start = [j for r, result in zip(done, in_parallel(score, done, workers)) for j in take(r, result)]
+    if workers > 1: sampler.env_seconds = seconds
     return sorted(out, key=lambda s: (s.group, s.position))
 
 # %% ../../nbs/engines/20_local.ipynb #efd435b6

@@ -32,21 +32,31 @@ def failure_table(
     return out.sort_values([*by, "n", "kind"], ascending=[True] * len(by) + [False, True], ignore_index=True)[columns]
 
 # %% ../../nbs/evaluation/20_failures.ipynb #29acb53b
+def _failed_kinds(e)->list: # One entry a failed episode; None where only `acc` knows of it
+    "How the failed episodes of an evaluation ended."
+    counts, n = e["failures"] if isinstance(e["failures"], dict) else {}, e["n"]
+    if pd.isna(n) or n != int(n) or n < 0: raise ValueError(f"n is {n!r}: give the episodes of the evaluation as a whole number")
+    wrong = {k: c for k, c in counts.items() if pd.isna(c) or c != int(c) or c < 0}
+    if wrong: raise ValueError(f"failures hold {wrong!r}: give whole numbers, 0 or more")
+    kinds = [k for k, c in counts.items() for _ in range(int(c))]
+    if len(kinds) > n: raise ValueError(f"{len(kinds)} failed episodes of n = {int(n)}: n counts episodes, those of all samples of a task")
+    acc = e.get("acc")
+    failed = len(kinds) if acc is None or pd.isna(acc) else round(n * (1 - acc))
+    return kinds + [None] * (failed - len(kinds))
+
 def failure_counts(
-    evals:pd.DataFrame, # Rows of evals.jsonl: `n`, `acc`, `failures` (kind to count), and the columns of `by`
+    evals:pd.DataFrame, # Rows of evals.jsonl: `n` (episodes, all samples of a task counted), `acc`, `failures` (kind to count), and the columns of `by`
     by=("arm", "mode"), # What to tell apart
-)->pd.DataFrame: # As `failure_table`
+)->pd.DataFrame: # As `failure_table`; `ValueError` names counts that do not fit
     "How often each kind of failure happens, from evaluations that kept only counts."
     by = list(by)
-    _need(evals, [*by, "failures"])
+    _need(evals, [*by, "n", "failures"])
     rows = []
     for _, e in evals.iterrows():
-        counts = e["failures"] if isinstance(e["failures"], dict) else {}
-        failed = sum(counts.values())
-        episodes = max(failed, int(e["n"] * (e.get("k") or 1)) if "n" in e else failed)
         where = {c: e[c] for c in by}
-        rows += [where | dict(acc=0, failure=k) for k, c in counts.items() for _ in range(int(c))]
-        rows += [where | dict(acc=1, failure=None)] * (episodes - failed)
+        kinds = _failed_kinds(e)
+        rows += [where | dict(acc=0, failure=k) for k in kinds]
+        rows += [where | dict(acc=1, failure=None)] * (int(e["n"]) - len(kinds))
     return failure_table(pd.DataFrame(rows, columns=[*by, "acc", "failure"]), by)
 
 # %% ../../nbs/evaluation/20_failures.ipynb #e8037aa2

@@ -17,26 +17,24 @@ from .feedback import visible
 from ..world.records import AUTH_FIELDS, Scenario, in_order
 
 # %% ../../nbs/method/27_explorer.ipynb #e256a60a
+def _met(facts:dict)->dict[str, tuple[str, ...]]:
+    "Department to the fields it is known to want or take."
+    out = {}
+    for kind in ("accepted", "still_wants"):
+        for d, fields in facts[kind].items(): out[d] = in_order((*out.get(d, ()), *fields))
+    if facts["wrong_fields"]: out[facts["called"]] = in_order((*out.get(facts["called"], ()), *facts["wrong_fields"]))
+    return out
+
 @dataclass
 class Known:
     "What the attempts at one task have revealed."
     wants:dict[str, tuple[str, ...]] = field(default_factory=dict) # Department to all the fields it wants
     instead:dict[tuple[str, str], str] = field(default_factory=dict) # Department and field to the field it takes in its place
     lacks:set[str] = field(default_factory=set) # Fields the user does not have
+    useless:dict[str, set[str]] = field(default_factory=dict) # Department to fields with which it could not verify the caller
     refused:set[str] = field(default_factory=set) # Fields of which the user said that nobody needs them
-    useful:set[str] = field(default_factory=set) # Fields that stood on a refused form and were not called superfluous: somebody takes them
-    deaf:dict[str, set[str]] = field(default_factory=dict) # Department to fields with which it did not recognise the caller: it takes none of them
     path:list[str] = field(default_factory=list) # Departments to call, as far as they are known, in order
     out:set[str] = field(default_factory=set) # Departments that are no part of the path
-    def guess(self,
-        department:str,
-        rng:random.Random, # For guesses
-    )->tuple[str, ...]:
-        "Fields to try at a department of which nothing is known: those that somebody takes, and a few more that may be taken."
-        silly = self.refused | self.deaf.get(department, set())
-        pool = [f for f in AUTH_FIELDS if f not in silly | self.useful]
-        more = rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3) if self.useful else (2, 3, 4, 6))))
-        return in_order({*self.useful, *more})
     def drop(self, *departments:str)->None:
         "These are no part of the path."
         self.out |= set(departments)
@@ -45,17 +43,17 @@ class Known:
         facts:dict, # From `visible(info, "observed")`
     )->None:
         "Take in one failed attempt."
-        called, met = facts["called"], {d: f for d, f in facts["known"].items() if f}
+        called, met = facts["called"], _met(facts)
         self.wants |= met
         self.instead |= {(called, f): other for f, other in facts["offered"].items()}
         self.lacks |= set(facts["unavailable"])
         self.refused |= set(facts["superfluous"])
-        if facts["superfluous"]: self.useful |= set(facts["asked"]) - set(facts["superfluous"])
-        if called and called not in met: self.deaf.setdefault(called, set()).update(set(facts["asked"]) - set(facts["unavailable"]))
         if to := facts["redirect_to"]:
-            self.drop(called)
+            self.drop(*facts["not_handling"])
             self.path += [to] * (to not in self.path)
-        elif first := facts["need_first"]:
+        if facts["told"] is not None: self.useless.setdefault(called, set()).update(facts["told"])
+        elif to: pass
+        elif (first := facts["need_first"]) and first != called:
             rest = [d for d in self.path if d not in (first, called)]
             at = self.path.index(called) if called in self.path else len(rest)
             self.path = [*rest[:at], first, called, *rest[at:]]
@@ -72,13 +70,17 @@ def next_plan(
     failed:Collection[Plan]=(), # What was tried
 )->Plan:
     "What to try next. A plan that would be one of `failed` has a wrong department in front, which `known` then knows too."
-    names = known.path or [rng.choice([d for d in departments if d not in known.out] or departments)]
-    calls = []
-    for d in names:
-        fields = known.wants.get(d)
-        if fields is None:
-            fields = known.guess(d, rng) if len(names) == 1 else in_order(known.useful)
-        calls.append((d, in_order(known.instead.get((d, f), f) if f in known.lacks else f for f in fields)))
+    def tried(d): return len(known.useless.get(d, ()))
+    possible = [d for d in departments if d not in known.out] or departments
+    least = min(tried(d) for d in possible)
+    names = known.path or [rng.choice([d for d in possible if tried(d) == least])]
+    def guess(d): # Of what no try at `d` has shown to be useless
+        pool = [f for f in AUTH_FIELDS if f not in known.refused | known.lacks | known.useless.get(d, set())]
+        return rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3)) if len(names) == 1 else 1))
+    asked = {d: known.wants.get(d) or guess(d) for d in names}
+    def told(d): return in_order(known.instead.get((d, f), f) if f in known.lacks else f for f in asked[d])
+    everything = in_order(f for d in names for f in told(d))
+    calls = [(d, told(d) if d in known.wants else everything) for d in names] # Who is not known yet is told all there is
     hopeless = [f for d in names for f in known.wants.get(d, ()) if f in known.lacks and (d, f) not in known.instead] # To be asked for before the user is told of it
     plan = Plan(in_order([f for _, fields in calls for f in fields] + hopeless) or ("full_name",), tuple(calls))
     if plan not in failed or not known.path: return plan

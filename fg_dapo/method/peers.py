@@ -8,7 +8,7 @@ __all__ = ['choose_injected', 'shaped_advantages', 'shaped_loss', 'choose_teache
 # %% ../../nbs/method/55_peers.ipynb #a2a1c412
 import torch
 
-from .objective import _check_rows, _check_tokens, _dense, _moments, _per_token, group_advantages, keep_groups, token_mean
+from .objective import _as_rewards, _check_rows, _check_tokens, _dense, _moments, _per_token, group_advantages, keep_groups, token_mean
 
 # %% ../../nbs/method/55_peers.ipynb #bb97c937
 def choose_injected(
@@ -39,7 +39,8 @@ def shaped_advantages(
 )->tuple[torch.Tensor, torch.Tensor]: # Advantages [R], 0 for rows that are not trained on; [R] bool: rows of the groups that are kept
     "Advantages of the plain rows and the injected ones."
     _check_rows(reward, group=group, guided=guided, injected=injected)
-    rows, adv = ~guided.bool() | injected, torch.zeros_like(reward)
+    reward = _as_rewards(reward, group)
+    rows, adv = ~guided.bool() | injected.bool(), torch.zeros_like(reward)
     adv[rows] = group_advantages(reward[rows], group[rows], guided[rows], "cold")
     return adv, torch.isin(group, group[rows][keep_groups(reward[rows], group[rows])])
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..agent.chat import agent_turns, chat_format
 from ..agent.episode import Episode, Limits
 from .diagnosis import FailureInfo, diagnose
-from .feedback import RuleBased, rule_based_feedback
+from .feedback import RuleBased, quality_gate
 from ..world.directory import CompanyDirectory
 from ..world.records import Scenario, scenario_from_dict
 
@@ -50,7 +50,7 @@ def score_of(
 
 # %% ../../nbs/method/30_reward.ipynb #7571820d
 def replay_transcript(
-    text:str, # What the agent wrote and read, with or without the prompt
+    text:str|list[str], # What the agent wrote and read, with or without the prompt; or its own turns alone, without stop tokens
     scenario:Scenario,
     chat:str="compact", # The chat format it is written in
     directory:CompanyDirectory|None=None, # All companies; only the task's own when left out, which changes no score
@@ -58,7 +58,7 @@ def replay_transcript(
 )->Episode: # Finished
     "Play the agent's turns again."
     fmt, episode = chat_format(chat, limits.multi_turn), Episode(scenario, directory, limits)
-    for turn in agent_turns(text, fmt):
+    for turn in agent_turns(text, fmt) if isinstance(text, str) else text:
         if episode.done: break
         episode.act(fmt.parse(turn))
     episode.stop()
@@ -71,17 +71,22 @@ def result_of(
 )->dict[str, Any]: # score, acc, pred, feedback, partial_scores, failure
     "Everything about a finished episode that training and evaluation need."
     parts, info = partial_scores(episode), diagnose(episode)
-    return dict(score=score_of(episode, parts), acc=float(episode.success), pred=episode.ended, feedback=generate(info, transcript) if info else None,
+    return dict(score=score_of(episode, parts), acc=float(episode.success), pred=episode.ended, feedback=generate_failure_feedback(transcript, episode.scenario, info, generate) if info else None,
         partial_scores=parts, failure=info.type if info else None)
 
 def generate_failure_feedback(
     trajectory:str, # The transcript; the rule-based generator needs only the facts
-    ground_truth:dict, # The scenario, as plain values; its facts are in `failure_info` already
-    failure_info:FailureInfo,
-    detail:str="observed", # `hint`, `observed` or `full`
-)->str:
+    ground_truth:Scenario|dict, # The scenario, or its plain values: no text may hold a value of its user
+    failure_info:FailureInfo, # What the diagnosis found
+    generate=RuleBased("observed"), # A feedback generator
+)->str: # The generator's text, or the rule-based one where the quality gate refuses it
     "Actionable feedback from a failure."
-    return rule_based_feedback(failure_info, detail)
+    text = generate(failure_info, trajectory)
+    if isinstance(generate, RuleBased): return text
+    stand_in = getattr(generate, "rule_based", RuleBased("observed"))(failure_info)
+    user = ground_truth["user"]["fields"] if isinstance(ground_truth, dict) else ground_truth.user.fields
+    refused = text != stand_in and quality_gate(text, failure_info, user.values(), max_tokens=10**9)
+    return stand_in if refused else text
 
 def compute_score_with_feedback(
     data_source:str, # Which data set; not used, verl passes it
