@@ -16,7 +16,7 @@ from fastcore.docments import docments
 from ..world.directory import CompanyDirectory
 from ..world.phone import CallResult, PhoneSystemSimulator
 from ..world.records import AUTH_FIELDS, Scenario, in_order
-from ..world.user import UserSimulator, fields_in
+from ..world.user import UserSimulator, fields_in, known_field
 
 # %% ../../nbs/agent/10_tools.ipynb #5582164e
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def auth_info_form(desk,
 )->Reply:
     "Collect authentication information from the user. Call this ONCE with ALL required fields."
     if desk.form_used: return Reply("auth_info_form", "repeated_form", {})
+    if desk.scenario.task.world_version > 1: fields = [known_field(f) or f for f in fields]
     unknown = [f for f in fields if f not in AUTH_FIELDS]
     if unknown or not fields: return Reply("auth_info_form", "bad_call", dict(error=f"unknown fields {unknown[:5]}; valid fields: {', '.join(AUTH_FIELDS)}" if unknown else "fields is empty"))
     desk.form_used, form = True, in_order(fields)
@@ -96,11 +97,23 @@ def search_company(desk,
     except KeyError as e: return Reply("search_company", "unknown_company", dict(error=str(e.args[0])))
     return Reply("search_company", "directory", dict(company=info.name, departments=[dict(name=d.name, phone=d.phone, description=d.description) for d in info.departments]))
 
+def _by_field(auth_info)->tuple[dict, str|None]:
+    "Values by registry name, however a field was called; and what is wrong, in words for the model."
+    out = {}
+    for name, value in auth_info.items():
+        field = known_field(name)
+        if field is None: return {}, f"auth_info has {name[:40]!r}, which is no field; valid fields: {', '.join(AUTH_FIELDS)}"
+        if out.setdefault(field, value) != value: return {}, f"auth_info has two values for {field}; give one, under {field}"
+    return out, None
+
 def make_phone_call(desk,
     phone_number:str, # Phone number to call
     auth_info:dict[str, str], # Authentication information, for example {"account_number": "TEST-1234", "pin": "0000"}
 )->Reply:
     "Make a phone call to a department with authentication information."
+    if desk.scenario.task.world_version > 1:
+        auth_info, error = _by_field(auth_info)
+        if error: return Reply("make_phone_call", "bad_call", dict(error=error))
     invented = tuple(str(f) for f in auth_info if f not in desk.given)
     if invented: return Reply("make_phone_call", "fabricated", dict(fields=invented))
     result = desk.phone.handle_call(phone_number, auth_info)

@@ -6,7 +6,7 @@
 __all__ = ['DepartmentInfo', 'CompanyInfo', 'company_info', 'phone_key', 'CompanyDirectory']
 
 # %% ../../nbs/world/30_directory.ipynb #f1a0afd3
-import re
+import re, unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,9 +39,10 @@ def _key(name): return " ".join(re.sub(r"[\W_]+", " ", str(name)[:200].casefold(
 
 def phone_key(
     number:str, # As dialled
-)->str: # Digits only, without the country code 1
+)->str: # ASCII digits only, without the country code 1; digits of other scripts count as the digits they are
     "What tells two phone numbers apart."
-    digits = re.sub(r"\D", "", str(number))
+    digits = "".join(str(unicodedata.decimal(c)) for c in str(number)[:200] if c.isdecimal())
+    if len(digits) == 13 and digits.startswith("001"): return digits[3:]
     return digits[1:] if len(digits) == 11 and digits[0] == "1" else digits
 
 class CompanyDirectory:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 
 from ..core import seed_for
-from .records import Department, Scenario
+from .directory import CompanyDirectory
+from .records import Department, Scenario, in_order
 
 # %% ../../nbs/world/50_phone.ipynb #4e775c25
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class PhoneSystemSimulator:
         seed:int=0, # Chooses the wording
     ):
         self.scenario, self.seed, self.history = scenario, seed, []
-        self._by_phone = {d.phone: d for d in scenario.company.departments}
+        self.version, self.directory = scenario.task.world_version, CompanyDirectory([scenario.company])
 
     def handle_call(self,
         phone:str, # The number dialled
@@ -92,8 +93,9 @@ class PhoneSystemSimulator:
         return result
 
     def _call(self, phone, auth_info, request)->CallResult:
-        dept = self._by_phone.get(phone.strip())
-        if dept is None: return CallResult("connect")
+        try: dept = self.directory.lookup_phone(phone)
+        except KeyError: return CallResult("connect")
+        if self.version == 1 and phone.strip() != dept.phone: return CallResult("connect") # Version 1 knew only its own spelling
         auth = self._authenticate(dept, auth_info)
         if not auth.ok: return CallResult("authentication", dept.name, auth)
         routing = self._check_routing(dept, self.history, request)
@@ -103,7 +105,23 @@ class PhoneSystemSimulator:
 # %% ../../nbs/world/50_phone.ipynb #ed06b1db
 @patch
 def _authenticate(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->AuthResult:
-    "What can be verified."
+    "What can be verified. Whoever matches nothing at all is told nothing."
+    if self.version == 1: return self._authenticate_openly(dept, auth_info)
+    known, verified, wrong = self.scenario.user.fields, [], []
+    missing = () if self.directory.validate_auth_requirements(dept, auth_info) else self.directory.missing_auth(dept, auth_info)
+    for field in dept.auth_fields:
+        if field in missing: continue
+        given = [f for f in (field, dept.alternatives.get(field)) if str(auth_info.get(f) or "").strip()]
+        matching = [f for f in given if same_value(auth_info[f], known.get(f))]
+        if matching: verified.append(matching[0])
+        else: wrong.append(given[0])
+    if not verified: return AuthResult(silent=True)
+    offered = {f: dept.alternatives[f] for f in missing if f in dept.alternatives}
+    return AuthResult(in_order(verified), missing, in_order(wrong), offered)
+
+@patch
+def _authenticate_openly(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->AuthResult:
+    "As in version 1: whoever calls hears what is missing."
     known, verified, missing, wrong, offered = self.scenario.user.fields, [], [], [], {}
     for f in dept.auth_fields:
         instead = dept.alternatives.get(f)
@@ -113,7 +131,6 @@ def _authenticate(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->A
             if instead: offered[f] = instead
         elif same_value(auth_info[given], known.get(given)): verified.append(given)
         else: wrong.append(given)
-    if not verified and self.scenario.task.world_version > 1: return AuthResult(silent=True)
     return AuthResult(tuple(verified), tuple(missing), tuple(wrong), offered)
 
 @patch
