@@ -125,8 +125,9 @@ def ask_user(desk,
     "Ask the user one question and wait for the answer."
     if desk.scenario.task.world_version == 1:
         answer = desk.user.respond(desk.scenario.task.id, question)
-        desk.given |= {f: v for f in AUTH_FIELDS if (v := desk.user.value(f)) is not None and v in answer}
-        return Reply("ask_user", "answer", dict(answer=answer))
+        values = {f: v for f in AUTH_FIELDS if (v := desk.user.value(f)) is not None and v in answer}
+        desk.given |= values
+        return Reply("ask_user", "answer", dict(answer=answer, values=values))
     if refusal := _pose(desk, fields_in(question)): return Reply("ask_user", "refused", refusal)
     answer, fields = desk.user.answer(desk.scenario.task.id, question)
     values = {f: desk.user.value(f) for f in fields}
