@@ -63,7 +63,7 @@ class HermesChat:
     def __init__(self,
         multi_turn:bool=False, # Offer `ask_user` too
     ):
-        tools = "\n".join(json.dumps(s) for s in tool_schemas(multi_turn))
+        self.multi_turn, tools = multi_turn, "\n".join(json.dumps(s) for s in tool_schemas(multi_turn))
         self.system = (f"{SYSTEM_PROMPT}\n\n# Tools\n\nThe signatures of the functions you may call:\n<tools>\n{tools}\n</tools>\n\n"
             'A call is a JSON object with the function\'s name and arguments, between tags:\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>')
     def prompt(self,

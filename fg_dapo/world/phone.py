@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from ..core import seed_for
 from .directory import CompanyDirectory
-from .records import Department, Scenario, in_order
+from .records import Department, Scenario
 
 # %% ../../nbs/world/50_phone.ipynb #4e775c25
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _authenticate(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->A
         else: wrong.append(given[0])
     if not verified: return AuthResult(silent=True)
     offered = {f: dept.alternatives[f] for f in missing if f in dept.alternatives}
-    return AuthResult(in_order(verified), missing, in_order(wrong), offered)
+    return AuthResult(tuple(verified), missing, tuple(wrong), offered)
 
 @patch
 def _authenticate_openly(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->AuthResult:

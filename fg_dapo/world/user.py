@@ -62,7 +62,7 @@ def known_field(
     return found[0] if len(found) == 1 else None
 
 # %% ../../nbs/world/40_user.ipynb #91acf70d
-_CLAUSE = re.compile(r"(?<=[.!?;\n])|\b(?:but|however|although|though|while|whereas)\b", re.I)
+_CLAUSE = re.compile(r"(?<=[.!?;\n])(?<!\bno\.)(?<!\bacct\.)(?<!\btel\.)|\b(?:but|however|although|though|while|whereas)\b", re.I)
 _MISSING_WORD = re.compile(r"""\b(?:missing|lacks?|lacking|unavailable|absent)\b
     | (?:\b(?:do|does|did|could|can|is|are|was|were)(?:\s+not|n['’]?t)|\bcannot)\s+(?:\w+\s+){0,2}(?:have(?!\s+to\b)|provide|give|supply|available|there|on\s+file)\b
     | \b(?:have|has|had|got|is|are)\s+no\b
