@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from .tools import Desk, Reply, ToolCall, run_tool
-from ..world.directory import CompanyDirectory
+from ..world.directory import CompanyDirectory, company_key
 from ..world.phone import PhoneSystemSimulator
 from ..world.records import AUTH_FIELDS, Scenario
 from ..world.user import UserSimulator, fields_in, said_missing
@@ -85,11 +85,16 @@ class Episode:
 
     def _plain(self, blocked:set)->bool:
         "Whether it is plain that `blocked` cannot be had, nor anything in its place: from the form, or from what a department said."
-        found = any(r.kind == "directory" and r.data["company"] == self.scenario.company.name for _, r in self.log)
         instead = {d.alternatives[f] for d in self.scenario.path for f in d.auth_fields if f in blocked and f in d.alternatives}
-        if not found: return False
+        if not self._found(): return False
         asked_all = set(self.scenario.task.ground_truth.required_fields) | instead <= set(self.desk.given) | set(self.desk.unavailable)
         return asked_all or any(self._heard(c, blocked) for c in self.desk.phone.history)
+
+    def _found(self)->bool:
+        "Whether the company was searched for by its name, or reached by phone: what other companies there are makes no difference."
+        name = company_key(self.scenario.company.name)
+        searched = (c.arguments["company_name"] for c, r in self.log if r.kind == "directory")
+        return any(company_key(x) == name for x in searched) or any(c.department for c in self.desk.phone.history)
 
     def _heard(self, c, blocked:set)->bool:
         "Whether a call to a department on the path made plain that `blocked` is wanted and that nothing the user has will do instead."
