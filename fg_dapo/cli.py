@@ -162,6 +162,7 @@ def data(
     out:Annotated[Path, typer.Option(help="Folder for the five files.")] = Path("data"),
     seed:Annotated[int, typer.Option(min=0, help="Seed of the world. The same seed gives the same bytes on every machine.")] = 0,
     kind:Annotated[Literal["standard", "easy"], typer.Option(help="Kind of world: standard, or easy (three fields in use, patient users).")] = "standard",
+    world_version:Annotated[int, typer.Option(min=1, max=2, help="Of the world's rules: 2, or 1 to rerun old results.")] = 2,
     force:Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
 ):
     """Write the world's files.
@@ -171,10 +172,11 @@ def data(
     \b
     Example: fg-dapo data --out data --seed 0
              fg-dapo data --kind easy --seed 1 --out data/easy
+             fg-dapo data --world-version 1 --out data/v1
     """
     from fg_dapo.world.generate import keep_world
-    made = keep_world(out, seed, kind, force)
-    typer.echo(f"the {'' if kind == 'standard' else kind + ' '}world of seed {seed} is in {out}: {', '.join(p.name for p in made)}")
+    made = keep_world(out, seed, kind, force, world_version)
+    typer.echo(f"the {'' if kind == 'standard' else kind + ' '}world of seed {seed}, version {world_version}, is in {out}: {', '.join(p.name for p in made)}")
 
 @app.command()
 def validate(

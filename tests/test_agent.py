@@ -8,7 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from fg_dapo.agent.chat import agent_turns, chat_format
 from fg_dapo.agent.episode import Episode, Limits, Turn
-from fg_dapo.agent.scripted import POLICIES, best_plan, follow, oracle, plan_of, play
+from fg_dapo.agent.bounds import FORM_SIZES, adaptive, best_forms, play_bounds, sliced
+from fg_dapo.agent.scripted import POLICIES, best_plan, call, follow, inquire, oracle, plan_of, play, question, stand_ins, tell_missing
 from fg_dapo.agent.tools import ToolCall
 from fg_dapo.core import rng_for
 from fg_dapo.method.diagnosis import diagnose
@@ -16,8 +17,8 @@ from fg_dapo.method.feedback import DETAILS, FEEDBACK_TEMPLATES, MACROS, Critiqu
 from fg_dapo.method.reward import compute_score_with_feedback, partial_scores, replay_transcript, score_of
 from fg_dapo.policy import demonstration, feedback_text, spoiled, train_tokenizer, transcribe
 from fg_dapo.world.directory import CompanyDirectory
-from fg_dapo.world.generate import random_scenario
-from fg_dapo.world.records import AUTH_FIELDS, DEPARTMENTS, as_dict, load_world, scenario_from_dict
+from fg_dapo.world.generate import generate_world, random_scenario
+from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, TOLERANCE, as_dict, load_world, scenario_from_dict
 
 WORLD = load_world(Path(__file__).parents[1] / "data")
 DIRECTORY = CompanyDirectory(WORLD.companies.values())
@@ -46,8 +47,8 @@ def test_shortcuts_earn_little(episodes):
     def mean(name): return sum(map(score_of, episodes[name])) / len(ALL)
     assert mean("ask_everything") <= 0.2 and mean("no_op") == mean("fabricate") == 0.0
 
-def test_luck_is_worth_less_than_a_percent(episodes):
-    assert sum(e.success for e in episodes["random"]) < 0.01 * len(ALL)
+def test_luck_is_worth_less_than_two_percent(episodes):
+    assert sum(e.success for e in episodes["random"]) < 0.02 * len(ALL)
 
 def test_the_plan_of_an_oracle_episode_is_the_best_plan(episodes):
     served = [(s, e) for s, e in zip(ALL, episodes["oracle"]) if s.task.ground_truth.ending == "served"]
@@ -57,6 +58,177 @@ def test_the_plan_of_an_oracle_episode_is_the_best_plan(episodes):
 
 def test_scenarios_travel_as_json():
     for s in ALL: assert scenario_from_dict(json.loads(json.dumps(as_dict(s)))) == s
+
+# Floor and ceiling, by playing
+
+@pytest.mark.parametrize("ask", [False, True], ids=["form", "ask"])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 188])
+def test_nobody_gets_far_without_knowledge(seed, ask):
+    rows = play_bounds(WORLD if seed == 0 else generate_world(seed), multi_turn=ask)
+    got = {(r["policy"], r["slice"]): r["success"] for r in rows}
+    levels = [f"level {i}" for i in range(1, 6)]
+    assert all(got["oracle", part] == 1.0 for p, part in got if p == "oracle")
+    for p in ("adaptive", "empty_call", "random", "ask_everything", "call_first", "no_op", "fabricate"):
+        assert got[p, "overall"] <= (0.25 if ask else 0.10), (p, got[p, "overall"])
+        assert ask or max(got[p, x] for x in levels) <= 0.20, p
+    assert got["best_form", "overall"] <= 0.20
+    assert 0.65 < got["knows_rules", "overall"] < 0.95 and got["knows_rules", "held-out companies"] > 0.6
+
+def test_version_1_had_the_hole():
+    got = {(r["policy"], r["slice"]): r["success"] for r in play_bounds(generate_world(0, version=1))}
+    assert got["oracle", "overall"] == 1.0 and got["empty_call", "overall"] > 0.4 and got["adaptive", "overall"] > 0.15
+
+def test_bounds_are_the_same_every_time_and_count_all_tasks():
+    rows = play_bounds(WORLD, "val", seed=5)
+    assert rows == play_bounds(WORLD, "val", seed=5)
+    n = {r["slice"]: r["n"] for r in rows if r["policy"] == "oracle"}
+    assert n["overall"] == 100 == sum(n[f"level {i}"] for i in range(1, 6)) == n["new requests"] + n["held-out companies"] == sum(n[b] for b in BEHAVIORS)
+    assert n["seen requests"] == 100 and {r["policy"] for r in rows} >= {"oracle", "no_op", "random", "adaptive", "empty_call", "knows_rules", "best_form"}
+    assert {r["slice"] for r in play_bounds(WORLD, "train")} >= {"overall"}
+
+def test_success_of_the_three_behaviours_is_told_apart():
+    parts = sliced((s, s.user.behavior == "difficult") for s in VAL)
+    assert (parts["difficult"][0], parts["cooperative"][0], parts["clarifying"][0]) == (1.0, 0.0, 0.0)
+    assert sum(parts[b][1] for b in BEHAVIORS) == len(VAL) == parts["overall"][1]
+
+def test_the_best_form_is_the_best_of_all():
+    (form, share), *rest = best_forms(VAL, 5)
+    def solves(s, fields):
+        truth = s.task.ground_truth
+        need = {*truth.required_fields, *(stand_ins(s) if truth.ending == "tell_user" else ())}
+        return need <= set(fields) and len(set(fields) - set(s.accepted)) <= s.user.tolerance
+    assert share == sum(solves(s, form) for s in VAL) / len(VAL) and all(share >= x for _, x in rest)
+
+# Telling the user
+
+STUCK = [s for s in ALL if s.task.ground_truth.ending == "tell_user"]
+
+def ends(s, *turns, multi_turn=False):
+    e = Episode(s, DIRECTORY, Limits(multi_turn=multi_turn))
+    for t in turns:
+        if not e.done: e.act(t)
+    return e.ended
+
+def form_turn(fields): return call("auth_info_form", fields=list(fields))
+
+def share_told(policy):
+    return sum(ends(s, *policy(s)) == "told" for s in STUCK) / len(STUCK)
+
+def blocked(s): return [f for f in s.task.ground_truth.missing if f in s.task.ground_truth.required_fields]
+
+def test_saying_what_is_missing_after_asking_for_all_that_might_help():
+    assert len(STUCK) >= 50
+    assert share_told(lambda s: (call("search_company", company_name=s.company.name), form_turn(best_plan(s).form), Turn(tell_missing(blocked(s))))) == 1.0
+    assert share_told(lambda s: (call("search_company", company_name=s.company.name.upper()), form_turn(best_plan(s).form), Turn(f"I am sorry, you have no {', '.join(AUTH_FIELDS[f] for f in blocked(s))}."))) == 1.0
+
+@pytest.mark.parametrize("words", ["All done, your request is completed. Thank you for your {}.", "tell {}", "Is your {} missing?", "Your {} is not missing.", "Done.", "I have your {}."])
+def test_a_mention_is_no_telling(words):
+    assert share_told(lambda s: (call("search_company", company_name=s.company.name), form_turn(best_plan(s).form), Turn(words.format(", ".join(AUTH_FIELDS[f] for f in blocked(s)))))) == 0.0
+
+def test_naming_everything_is_no_telling():
+    for words in (f"{', '.join(AUTH_FIELDS)} are missing", "Your account number, ZIP code, PIN, email and policy number are missing.", "I do not have your name, address, phone number, card or password."):
+        assert share_told(lambda s: (call("search_company", company_name=s.company.name), form_turn(best_plan(s).form), Turn(words))) <= 0.02
+
+def test_telling_without_a_search_or_without_the_form_is_a_guess():
+    assert share_told(lambda s: (form_turn(best_plan(s).form), Turn(tell_missing(blocked(s))))) == 0.0
+    assert share_told(lambda s: (call("search_company", company_name=s.company.name), Turn(tell_missing(blocked(s))))) == 0.0
+    assert share_told(lambda s: (call("search_company", company_name="Nobody Inc"), form_turn(best_plan(s).form), Turn(tell_missing(blocked(s))))) == 0.0
+
+@pytest.mark.parametrize("fields", [("account_number", "pin", "zip_code"), ("email", "phone_number", "policy_number"), ("address", "security_word", "credit_card_last4")])
+def test_a_form_of_three_and_naming_what_came_back_empty_does_not_pay(fields):
+    def attack(s):
+        form = form_turn(fields)
+        empty = [f for f in fields if f not in s.user.fields]
+        return call("search_company", company_name=s.company.name), form, Turn(tell_missing(empty) if empty else "no")
+    assert share_told(attack) <= 0.2
+
+def test_what_a_department_said_is_enough_too():
+    "A form that is too short, and a call in which the department names the field that the user has said they lack."
+    told = 0
+    for s in STUCK:
+        wanted, lacks = s.path[0].auth_fields, blocked(s)
+        has = [f for f in wanted if f in s.user.fields]
+        if not has or stand_ins(s): continue
+        turns = [call("search_company", company_name=s.company.name), form_turn([has[0], *lacks]), call("make_phone_call", phone_number=s.path[0].phone, auth_info={has[0]: s.user.fields[has[0]]})]
+        assert ends(s, *turns, Turn(tell_missing(lacks))) == "told"
+        told += 1
+    assert told > 10
+
+def test_a_call_that_matches_nothing_makes_nothing_plain():
+    for s in STUCK:
+        off = next(f for f in s.user.fields if f not in s.accepted)
+        if not TOLERANCE[s.user.behavior] or len(best_plan(s).form) == 1: continue
+        turns = [call("search_company", company_name=s.company.name), form_turn([*blocked(s), off]), call("make_phone_call", phone_number=s.path[0].phone, auth_info={off: s.user.fields[off]})]
+        assert ends(s, *turns, Turn(tell_missing(blocked(s)))) != "told"
+
+# Asking in words
+
+def test_asking_in_words_solves_every_task_whatever_the_users_temper():
+    ok = [play(inquire(best_plan(s), s.company.name), s, DIRECTORY, Limits(multi_turn=True)) for s in ALL]
+    assert {b for e in ok for b in [e.scenario.user.behavior]} == set(BEHAVIORS)
+    assert [e.scenario.task.id for e in ok if not e.success] == []
+    assert any(e.ended == "told" for e in ok) and all(not e.desk.form_used for e in ok)
+    assert all(plan_of(e).form == best_plan(e.scenario).form for e in ok if e.ended == "told")
+
+def test_a_field_that_a_department_misses_can_be_asked_for_after_the_call():
+    n = 0
+    for s in ALL:
+        first = s.path[0].auth_fields
+        if s.user.missing or len(first) < 2 or s.user.tolerance < 1: continue
+        form = tuple(f for f in best_plan(s).form if f != first[-1] or any(f in d.auth_fields for d in s.path[1:]))
+        e = play(inquire(best_plan(s), s.company.name, form), s, DIRECTORY, Limits(multi_turn=True))
+        assert e.success
+        n += bool(e.desk.late)
+    assert n > 100
+
+def test_asking_for_everything_in_words_is_refused_and_ends_the_answers():
+    def ask_all(s, rng):
+        yield call("search_company", company_name=s.company.name)
+        values = yield from question(tuple(AUTH_FIELDS))
+        again = yield from question(tuple(s.accepted))
+        assert values == again == {}
+        form = yield form_turn(s.accepted)
+        assert form[0].kind == "refused"
+        yield from (call("make_phone_call", phone_number=d.phone, auth_info={}) for d in s.path)
+    assert sum(play(ask_all(s, None), s, DIRECTORY, Limits(multi_turn=True)).success for s in VAL) == 0
+
+@pytest.mark.parametrize("behavior", BEHAVIORS)
+def test_questions_and_the_form_share_one_patience(behavior):
+    s = next(s for s in ALL if s.user.behavior == behavior and not s.user.missing)
+    spare = [f for f in AUTH_FIELDS if f not in s.accepted]
+    for by_form in range(len(spare[:4])):
+        e = Episode(s, DIRECTORY, Limits(multi_turn=True))
+        for f in spare[:4 - by_form]: e.act(call("ask_user", question=f"What is your {f}?"))
+        if by_form: e.act(form_turn(spare[4 - by_form:4]))
+        assert e.desk.fed_up and len(e.desk.refused) == TOLERANCE[behavior] + 1 or by_form and e.desk.fed_up # Four are more than anybody stands
+        assert len(set(e.desk.given) & set(spare)) <= TOLERANCE[behavior]
+
+def test_a_user_says_once_that_a_field_is_not_there_and_it_counts():
+    for s in STUCK[:20]:
+        e = Episode(s, DIRECTORY, Limits(multi_turn=True))
+        e.act(call("ask_user", question=f"What is your {', '.join(blocked(s))}?"))
+        assert set(blocked(s)) <= set(e.desk.unavailable) and not set(blocked(s)) & set(e.desk.given)
+
+def test_a_repeated_question_costs_and_tells_nothing_new():
+    s = next(s for s in ALL if s.user.behavior == "cooperative" and not s.user.missing)
+    e, f = Episode(s, DIRECTORY, Limits(multi_turn=True)), s.accepted[0]
+    kinds = [e.act(call("ask_user", question=f"What is your {f}?"))[0].kind for _ in range(4)]
+    assert kinds == ["answer", "answer", "answer", "refused"] and e.desk.repeats == 3 and list(e.desk.given) == [f]
+
+@pytest.mark.parametrize("key, kind", [("PIN", "call"), ("pin", "call"), ("Pin #", "call"), ("pin number", "call"), ("shoe size", "bad_call"), ("pin or password", "bad_call"), ("", "bad_call"), ("zip", "fabricated")])
+def test_a_field_by_another_name_is_understood_or_named_in_an_error(key, kind):
+    s = next(s for s in ALL if "pin" in s.accepted and "pin" in s.user.fields)
+    e = Episode(s, DIRECTORY)
+    e.act(form_turn(["PIN"]))
+    assert e.desk.given == {"pin": s.user.fields["pin"]}
+    reply, = e.act(call("make_phone_call", phone_number=s.path[0].phone, auth_info={key: s.user.fields["pin"]}))
+    assert reply.kind == kind and (kind != "bad_call" or "valid fields" in reply.data["error"])
+    if kind == "call" and "pin" in s.path[0].accepted: assert reply.call.auth.verified == ("pin",)
+
+def test_two_values_for_one_field_are_a_bad_call():
+    e = Episode(VAL[0], DIRECTORY)
+    reply, = e.act(call("make_phone_call", phone_number=VAL[0].path[0].phone, auth_info={"pin": "1", "PIN": "2"}))
+    assert reply.kind == "bad_call" and "two values for pin" in reply.data["error"] and e.ended is None
 
 # Agents that do anything
 

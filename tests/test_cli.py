@@ -278,6 +278,15 @@ def test_data_writes_keeps_refuses_and_forces(empty):
     assert ask("data", "--seed", 1, "--force")[0] == 0
     assert {p.name: p.read_bytes() for p in (empty / "data").iterdir()} == first
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_data_of_either_version_are_written_and_valid(empty, version):
+    code, said = ask("data", "--world-version", version, "--seed", 4)
+    assert code == 0 and f"version {version}" in said and ask("validate")[0] == 0
+    rows = [json.loads(x) for x in (empty / "data/train_tasks.jsonl").read_text().splitlines()]
+    assert {r.get("world_version", 1) for r in rows} == {version} and isinstance(json.loads((empty / "data/companies.json").read_text()), list if version == 1 else dict)
+    assert ask("data", "--world-version", 3 - version, "--seed", 4)[0] == 1 # The other version is other data
+    assert ask("data", "--world-version", 3)[0] == 2
+
 def test_validate_names_every_error_and_changes_nothing(empty):
     for f in (ROOT / "data").glob("*.json*"): (empty / f.name).write_bytes(f.read_bytes())
     assert ask("validate", "--data", ".")[0] == 0

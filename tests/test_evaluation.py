@@ -14,7 +14,7 @@ from fg_dapo.evaluation import plots
 from fg_dapo.evaluation.failures import failure_counts, failure_table, failures_by_level, feedback_effect
 from fg_dapo.evaluation.metrics import (arm_iqm, behavioral, censored_ratio, compute_all_metrics, eval_stream, first_reach, holm, iqm, mean_interval, median_reach, pass_at_k, pass_hat_k,
     pass_table, seed_interval, sign_flip, stratified_bootstrap, success_rate, verdict)
-from fg_dapo.agent.bounds import play_bounds
+from fg_dapo.agent.bounds import floor_and_ceiling
 from fg_dapo.world.generate import generate_world
 from fg_dapo.world.records import save_world
 from fg_dapo.evaluation.report import bounds_of_runs, build_report, example_group, final_rates, frame, load_runs, md_block, md_line, users_table, code, to_markdown, write_report
@@ -424,15 +424,16 @@ def test_claims_need_thresholds_and_seeds(tmp_path, undrawn):
     assert [l.split("|")[-2].strip() for l in rows] == ["met", "not met", "not measured"] and "no claim" not in md
     with pytest.raises(ValueError, match="no claim 'speed'"): build_report(load_runs(tmp_path / "runs"), claims=dict(speed=1))
 
-def test_a_report_has_the_floor_and_the_ceiling_of_its_world_and_its_version(tmp_path, undrawn):
-    world = generate_world(4)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_report_has_the_floor_and_the_ceiling_of_its_world_and_its_version(tmp_path, undrawn, version):
+    world = generate_world(4, version=version)
     save_world(world, tmp_path / "data")
     run = synthetic_run(tmp_path / "runs", "fg_replay")
     manifest = read_json(run / "manifest.json")
     write_json(run / "manifest.json", manifest | dict(config=manifest["config"] | dict(data=dict(folder=str(tmp_path / "data")))))
     sections = {s.id: s for s in build_report(load_runs(run), bounds_of_runs(load_runs(run)))}
     [bounds] = [b for b in sections["efficiency"].blocks if b.kind == "table" and b.head[0] == "policy"]
-    played = play_bounds(world, "val+test")
+    played = floor_and_ceiling(world, "val+test")
     assert bounds.head == ("policy", *played["floor"]) and {"cooperative", "clarifying", "difficult", "level 5", "heldout"} < set(bounds.head)
     assert [r[1:] for r in bounds.rows] == [tuple(f"{x:.0%}" for x in played[k].values()) for k in ("floor", "ceiling")]
     def versions(m):

@@ -18,7 +18,7 @@ from fg_dapo.evaluation.findings import (Evidence, Picture, behaviour_table, cos
     planned_table, position_figure, ratio_table, reach_figure, reference_arm, removal, seeds_words, spent_table, told_table, tuned, tuning_table)
 from fg_dapo.evaluation.plots import COMPANIES, arm_label
 from fg_dapo.evaluation.report import md_block
-from fg_dapo.agent.bounds import play_bounds
+from fg_dapo.agent.first_bounds import play_first_bounds
 from fg_dapo.evaluation.metrics import check_protocol, cold_rate
 from fg_dapo.world.generate import generate_world, told_ceiling, told_chance
 from fg_dapo.evaluation.synthetic import synthetic_run
@@ -79,7 +79,7 @@ def test_what_the_training_plans_tell_stands_beside_what_was_reached():
     t = told_table(TWO)
     assert [r[1] for r in t.rows] == ["the rules", "training plans, by majority", "training plans, drawn as often as they occur", "FG + replay, temperature 1", "FG + replay, greedy"] # DAPO replays nothing
     assert cells(t, "standard-100", "the rules") == ("90%", "80%") and cells(t, "standard-100", "FG + replay, temperature 1") == ("70% (60 to 80)",) * 2
-    world = generate_world(100)
+    world = generate_world(100, version=1)
     for words, of in ("by majority", told_ceiling(world)), ("drawn as often as they occur", told_chance(world)): assert cells(t, "standard-100", f"training plans, {words}") == (f"{of['training']:.0%}", f"{of['heldout']:.0%}")
     assert "exploration, not a result; 2 seeds" in t.text
     with pytest.raises(ValueError, match="show them apart"): told_table([*TWO, *FIVE])
@@ -167,7 +167,7 @@ def test_more_seeds_have_one():
 
 def test_the_ceiling_is_drawn():
     fig = curve_figure(FIVE)
-    played = play_bounds(generate_world(200), "val+test")
+    played = play_first_bounds(generate_world(200, version=1), "val+test")
     def drawn(results): return [sorted(t.get_text() for t in ax.texts) for ax in curve_figure(results).axes]
     floors = [f"knows nothing: {played['floor'][c]:.0%}" for c in ("training", "heldout")]
     assert drawn(FIVE) == [[floors[0], "rules, no call first: 90%"], [floors[1], "rules, no call first: 80%", f"rules, one call first: {played['ceiling']['heldout']:.0%}"]]
@@ -176,7 +176,7 @@ def test_the_ceiling_is_drawn():
     assert .3 < played["floor"]["heldout"] < ceiling_of(FIVE[0], "heldout") # The floor is no small thing here
 
 def test_the_hole_by_hand():
-    played = play_bounds(generate_world(200), "val+test")
+    played = play_first_bounds(generate_world(200, version=1), "val+test")
     top = played["ceiling"]["heldout"]
     [row] = hole_table(FIVE).rows
     mine = [cold_rate(r, "heldout") for r in FIVE if r["arm"] == "fg_replay"]

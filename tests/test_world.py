@@ -9,9 +9,10 @@ from hypothesis import given, settings, strategies as st
 from fg_dapo.core import read_json, read_jsonl, rng_for, write_json, write_jsonl
 from fg_dapo.world.directory import CompanyDirectory, CompanyInfo, DepartmentInfo
 from fg_dapo.world.generate import (ALTERNATIVES, INDUSTRIES, REQUESTS, REQUIREMENTS, TEST_CARDS, department_phones, generate_world, make_task, revealed, rule_solves, rules_ceiling, ruled_company, seen_scenarios, majorities, told_ceiling, told_chance,
-    level_of, odd_fields, odd_path, random_company, random_scenario, random_user, request_text, rule_path)
-from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, FILES, TOLERANCE, World, load_world, save_world, solve
-from fg_dapo.world.user import UserSimulator, fields_in
+    drawn_rules, level_of, odd_fields, rules_of, GUESSED_FIRST, KINDS, odd_path, random_company, random_scenario, random_user, request_text, rule_path)
+from fg_dapo.world.records import AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, FILES, TOLERANCE, VERSIONS, Company, DataError, Department, RoutingRule, Scenario, Task, UserProfile, World, load_world, save_world, solve
+from fg_dapo.world.phone import AuthResult, PhoneSystemSimulator
+from fg_dapo.world.user import UserSimulator, fields_in, known_field, said_missing
 from fg_dapo.world.validate import main, validate_files
 
 DATA = Path(__file__).parents[1] / "data"
@@ -44,6 +45,125 @@ def test_same_seed_same_bytes_in_any_process(tmp_path):
 
 def test_data_load_as_generated(world0):
     assert world0 == generate_world(0)
+    assert (world0.version, world0.seed, world0.kind) == (2, 0, "standard")
+
+VERSION_1 = dict(companies="882529e034664ffa23822fa2f1f560d6699564e7b31e005b8e7c7f45260fe919", users="e6972fd7257bf70e2b41a9f785ea5011a0cf963b77b5a67cc4d1db53c298e4fd", train="c07af1db5dcb7e683abf4b3c182296244277f9cfad84add7c06e1d36ef062fe4", val="9470b388b9339030948c9eaacc75e7d6c93d4f2d96b8501162f76ede2651d07a", test="ba88a8ad993f536e28c7e1943802ac94c57f747cc723c3e1bd9bb9c2c5ec9d98") # Of the files that version 1 of seed 0 had
+
+def test_version_1_is_written_as_it_always_was(tmp_path):
+    old = generate_world(0, version=1)
+    save_world(old, tmp_path)
+    assert sums(tmp_path) == VERSION_1
+    again = load_world(tmp_path)
+    assert again == old and again.version == 1 and isinstance(read_json(tmp_path / FILES["companies"]), list)
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_version_comes_back_from_its_files(tmp_path, version, kind):
+    w = generate_world(7, kind, version)
+    save_world(w, tmp_path)
+    again = load_world(tmp_path)
+    assert again == w and again.version == version and {t.world_version for ts in again.tasks.values() for t in ts} == {version}
+    assert again.scenarios("val")[0].task.world_version == version
+
+def test_versions_that_disagree_are_refused(tmp_path, world0):
+    files = save_world(world0, tmp_path)
+    head = read_json(files["companies"])
+    for change, words in ((dict(version=1), "version"), (dict(version=3), "version: is 3"), (dict(seed="x"), "seed"), (dict(kind=7), "kind"), (dict(shoe=1), "shoe: not known"), (dict(seed=9), "differ")):
+        write_json(files["companies"], head | change)
+        with pytest.raises(DataError, match=words): load_world(tmp_path)
+    write_json(files["companies"], head["companies"]) # A bare list is version 1
+    with pytest.raises(DataError, match="world_version: is 2"): load_world(tmp_path)
+    with pytest.raises(ValueError, match="no world version 3"): generate_world(0, version=3)
+    mixed = {"train": world0.tasks["train"], "val": tuple(dataclasses.replace(t, world_version=1) for t in world0.tasks["val"])}
+    with pytest.raises(ValueError, match="versions 1 and 2"): World(world0.companies, world0.users, mixed).version
+
+# Rules
+
+@quick
+@given(SEEDS)
+def test_no_rule_is_common_sense(seed):
+    rules, old = drawn_rules(seed), KINDS["standard"]
+    for (industry, d), fields in rules.requirements.items():
+        assert len(fields) == len(old.requirements[industry, d]) and set(fields) <= set(old.plausible[industry])
+        assert not set(fields) <= set(GUESSED_FIRST[industry])
+        swaps = rules.alternatives.get((industry, d), {})
+        assert len(swaps) == len(old.alternatives.get((industry, d), {})) and all(f in fields and g not in fields for f, g in swaps.items())
+
+def test_rules_are_those_of_the_seed():
+    assert drawn_rules(3) == drawn_rules(3) != drawn_rules(4) and rules_of(generate_world(3)) == drawn_rules(3)
+    assert rules_of(generate_world(3, version=1)) is KINDS["standard"] and rules_of(generate_world(3, "easy")) is KINDS["easy"]
+    w = generate_world(3)
+    with pytest.raises(ValueError, match="seed is not known"): rules_of(World(w.companies, w.users, w.tasks))
+
+# Phone
+
+def small_scene(version=2, lacks=()):
+    billing = Department("Billing", "512-555-0137", "Bills", ("account_number", "pin"), {"pin": "security_word"})
+    service = Department("Customer Service", "646-555-0143", "General questions", ("full_name",))
+    harbor = Company("c000", "Harbor Bank", "bank", False, (service, billing), (RoutingRule("dispute_charge", "Billing", ("Customer Service",)),))
+    values = dict(full_name="Ana Example", account_number="TEST-4402", pin="7313", security_word="maple", zip_code="00012")
+    ana = UserProfile("u000", {f: v for f, v in values.items() if f not in lacks}, "cooperative")
+    truth = solve(harbor, ana, "dispute_charge")
+    return Scenario(Task("t0", "train", 3, "c000", "Harbor Bank", "u000", "dispute_charge", "I want to dispute a charge at Harbor Bank.", False, truth, version), harbor, ana)
+
+@pytest.mark.parametrize("info", [{}, dict(zip_code="00012"), dict(pin="0000"), dict(security_word="oak", zip_code="00012"), dict(account_number="", pin=" "), dict(full_name="Ana Example")])
+def test_a_stranger_hears_the_same_whatever_is_wanted(info):
+    said = set()
+    for seed in range(12):
+        phone = PhoneSystemSimulator(small_scene(), seed)
+        call = phone.handle_call("512-555-0137", info)
+        assert call.stage == "authentication" and call.auth == AuthResult(silent=True) and not call.auth.ok
+        assert fields_in(call.text) == () and not any(d in call.text for d in DEPARTMENTS)
+        said.add(call.text)
+    assert len(said) > 1
+    assert PhoneSystemSimulator(small_scene(1)).handle_call("512-555-0137", {}).auth.missing == ("account_number", "pin") # As it was
+
+@pytest.mark.parametrize("info, verified, missing, wrong, offered", [
+    (dict(account_number="test-4402 "), ("account_number",), ("pin",), (), {"pin": "security_word"}),
+    (dict(security_word="Maple"), ("security_word",), ("account_number",), (), {}),
+    (dict(pin="7313", account_number="TEST-0000"), ("pin",), (), ("account_number",), {}),
+    (dict(account_number="TEST-4402", pin="0000", security_word="maple"), ("account_number", "security_word"), (), (), {}),
+    (dict(account_number="TEST-4402", pin=""), ("account_number",), ("pin",), (), {"pin": "security_word"})])
+def test_whoever_matches_a_field_hears_the_rest(info, verified, missing, wrong, offered):
+    auth = PhoneSystemSimulator(small_scene()).handle_call("512-555-0137", info).auth
+    assert (auth.verified, auth.missing, auth.wrong, auth.offered, auth.silent) == (verified, missing, wrong, offered, False)
+
+NUMBERS = ("512-555-0137", "(512) 555-0137", "+1-512-555-0137", "1 512 555 0137", "512.555.0137", "5125550137", "512\u2011555\u20110137", "512\u2013555 \u2212 0137", " 512/555/0137 ",
+    "tel:+15125550137", "001 512 555 0137", "\uff15\uff11\uff12-555-0137", "\u0665\u0661\u0662-555-0137", "512-555-0136", "555-0137", "512-555-01377", "", "call me", "\u00b2512-555-0137", "+44 512 555 0137", "0137-555-512")
+
+@pytest.mark.parametrize("number", NUMBERS, ids=ascii)
+def test_the_phone_and_the_directory_know_the_same_numbers(number):
+    scene = small_scene()
+    directory = CompanyDirectory([scene.company])
+    try: known = directory.lookup_phone(number).name
+    except KeyError: known = None
+    assert PhoneSystemSimulator(scene).handle_call(number, {}).department == known
+    assert (known == "Billing") == (number in NUMBERS[:13] or number == "\u00b2512-555-0137")
+
+# Names of fields
+
+NAMED = {"telephone": "phone_number", "account #": "account_number", "Acct. No.": "account_number", "last 4 of your social": "last_4_ssn", "SSN": "last_4_ssn", "DOB": "date_of_birth", "birthday": "date_of_birth",
+    "e-mail": "email", "E-Mail address": "email", "ZIP": "zip_code", "zipcode": "zip_code", "PIN": "pin", "PIN #": "pin", "phone number": "phone_number", "cell": "phone_number", "mailing address": "address",
+    "card number": "credit_card_last4", "last four of your card": "credit_card_last4", "policy #": "policy_number", "password": "security_word", "name": "full_name", "Full Name": "full_name"}
+
+@pytest.mark.parametrize("name", NAMED)
+def test_everybody_understands_the_same_names(name):
+    field = NAMED[name]
+    assert known_field(name) == field and fields_in(f"What is your {name}, please?") == (field,) and said_missing(f"I am sorry, your {name} is missing.") == (field,)
+
+@quick
+@given(st.lists(st.sampled_from(list(AUTH_FIELDS)), min_size=1, unique=True))
+def test_lists_of_registry_names_are_read_in_full(fields):
+    assert set(fields_in(f"What is your {', '.join(fields)}?")) == set(fields)
+    assert set(said_missing(f"tell {', '.join(fields)} are missing")) == set(fields)
+
+@pytest.mark.parametrize("text", ["Thank you for your ZIP code.", "All done, your request is completed. Thank you for your ZIP code.", "Is your ZIP code missing?", "Your ZIP code is not missing.",
+    "Nothing is missing, thank you for the ZIP code.", "tell zip_code", "Your ZIP code isn't missing.", "I do not have to ask for your ZIP code.", "ZIP code, PIN, email", ""])
+def test_a_mention_says_not_that_something_is_missing(text): assert said_missing(text) == ()
+
+@pytest.mark.parametrize("text", ["tell zip_code is missing", "I am sorry, you don't have a ZIP code.", "They want a ZIP code and you do not have one.", "You have no zip code.", "No ZIP code is available.",
+    "I have your PIN, but the ZIP code is missing.", "Your PIN is fine. The ZIP code is unavailable!", "you don\u2019t have the postal code", "They need the ZIP, which you lack.", "The ZIP code is not available."])
+def test_a_sentence_says_that_something_is_missing(text): assert said_missing(text) == ("zip_code",)
 
 # Companies
 
@@ -64,7 +184,8 @@ def test_companies(world):
 def test_companies_follow_rules_with_few_exceptions(world):
     cs = list(world.companies.values())
     deps = [(c.industry, d) for c in cs for d in c.departments]
-    odd = sum(d.auth_fields != REQUIREMENTS[i, d.name] for i, d in deps) / len(deps)
+    requirements = rules_of(world).requirements
+    odd = sum(d.auth_fields != requirements[i, d.name] for i, d in deps) / len(deps)
     assert 0.08 < odd < 0.22
     assert 0.3 < sum(bool(d.alternatives) for _, d in deps) / len(deps) < 0.55
     rules = [(r.path, rule_path(r.request_type, c.industry, tuple(d.name for d in c.departments))) for c in cs for r in c.routing]
@@ -293,8 +414,9 @@ def test_questions_in_other_words():
 def files(tmp_path, world0): return save_world(world0, tmp_path)
 
 def check(files): return validate_files(files["companies"], files["users"], [files[k] for k in ("train", "val", "test")])
-def read(path): return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
-def write(path, rows): return write_jsonl(path, rows) if path.suffix == ".jsonl" else write_json(path, rows)
+LISTS = {"companies.json": "companies", "user_profiles.json": "users"}
+def read(path): return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)[LISTS[path.name]]
+def write(path, rows): return write_jsonl(path, rows) if path.suffix == ".jsonl" else write_json(path, read_json(path) | {LISTS[path.name]: rows})
 def put(*keys, to):
     def change(rows):
         x = rows
@@ -464,7 +586,7 @@ def test_seen_requests_are_those_of_training_by_new_users(kind):
 def test_what_training_reveals_lifts_the_ceiling_of_training_companies():
     w = generate_world(3)
     known, c = revealed(w), rules_ceiling(w)
-    assert all(rule_solves(s, known=known) for s in seen_scenarios(w, "val", 100)) # Whoever knows by heart solves what was seen
+    assert all(rule_solves(s, rules_of(w), known) for s in seen_scenarios(w, "val", 100)) # Whoever knows by heart solves what was seen
     assert c["training"] < c["training_known"] < 1 and known.isdisjoint((s.company.id, d) for s in w.scenarios("test") if s.task.heldout for d in s.task.ground_truth.path)
 
 def ruled_world(lacks=()):

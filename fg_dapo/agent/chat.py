@@ -53,7 +53,7 @@ def outside_thoughts(
 
 # %% ../../nbs/agent/30_chat.ipynb #1935e4f0
 SYSTEM_PROMPT = """You are an agent who gets things done for a user by phone. Search the company, ask the user once for all the authentication fields the departments will want, then call the departments in the right order.
-A department does not tell beforehand what it wants: you know from experience. The form can be sent only once, and the user refuses to give what nobody needs. Never invent a value. If a required field is missing and nothing else is accepted, tell the user which field is missing."""
+A department does not tell beforehand what it wants: you know from experience. To a caller it cannot verify at all it tells nothing. The form can be sent only once, and the user refuses to give what nobody needs. Never invent a value. If a required field is missing and nothing else is accepted, tell the user which field is missing."""
 
 class HermesChat:
     "ChatML with Hermes tool calls, as Qwen3 writes them."
@@ -63,7 +63,7 @@ class HermesChat:
     def __init__(self,
         multi_turn:bool=False, # Offer `ask_user` too
     ):
-        tools = "\n".join(json.dumps(s) for s in tool_schemas(multi_turn))
+        self.multi_turn, tools = multi_turn, "\n".join(json.dumps(s) for s in tool_schemas(multi_turn))
         self.system = (f"{SYSTEM_PROMPT}\n\n# Tools\n\nThe signatures of the functions you may call:\n<tools>\n{tools}\n</tools>\n\n"
             'A call is a JSON object with the function\'s name and arguments, between tags:\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>')
     def prompt(self,
@@ -80,9 +80,12 @@ class HermesChat:
     def reply(self, r:Reply)->dict:
         "A reply as the JSON object the model reads."
         if r.kind == "repeated_form": return dict(error="the user has already filled in the form and will not do so again")
-        if r.kind == "refused": return dict(error=f"the user refused the form: nobody needs {', '.join(r.data['superfluous'])}")
+        if r.kind == "refused":
+            why = f"nobody needs {', '.join(r.data['superfluous'])}" if r.data["superfluous"] else "there have been too many questions"
+            return dict(error=f"the user refused {'the form' if r.tool == 'auth_info_form' else 'to answer'}: {why}")
         if r.kind == "fabricated": return dict(error=f"the user never gave {', '.join(r.data['fields'])[:80]}; the request is locked")
         if r.kind == "form": return {f: v if v is not None else "I don't have that." for f, v in r.data["values"].items()}
+        if r.kind == "answer": return dict(answer=r.data["answer"])
         return r.data
     def write(self, turn:Turn)->str:
         "A turn as the model would write it, without the stop token."
@@ -167,12 +170,16 @@ class CompactChat:
     opening = re.compile(r"<\|task\|>") # How a prompt begins
     after_stop = re.compile(r"<\|tool\|>|(?:<\|act\|>)?\s*\Z") # What the frame writes behind a turn
     special = ("<|pad|>", "<|end|>", "<|task|>", "<|feedback|>", "<|tool|>", "<|act|>")
+    def __init__(self,
+        multi_turn:bool=False, # Offer `ask` too; the prompt says so
+    ): self.multi_turn = multi_turn
     def prompt(self,
         request:str, # What the user says
         feedback:str="", # The section on earlier attempts, empty for a cold start
     )->str:
         "The text up to where the model begins."
-        return f"<|task|> {clean(request)}" + (f"<|feedback|> {clean(feedback)}" if feedback else "") + "<|act|>"
+        offer = " You may ask." if self.multi_turn else ""
+        return f"<|task|> {clean(request)}{offer}" + (f"<|feedback|> {clean(feedback)}" if feedback else "") + "<|act|>"
     def replies(self, replies:list[Reply])->str:
         "The text from the end of the model's turn to where it goes on."
         return "".join(f"<|tool|> {clean(self.reply(r))}" for r in replies) + "<|act|>"
@@ -180,7 +187,7 @@ class CompactChat:
         "A reply in as few words as carry its facts."
         if r.kind == "directory": return "; ".join(f"{d['name']} {d['phone']}" for d in r.data["departments"])
         if r.kind == "form": return pairs({f: "none" if v is None else v for f, v in r.data["values"].items()})
-        if r.kind == "refused": return "refused: " + ", ".join(r.data["superfluous"])
+        if r.kind == "refused": return "refused: " + (", ".join(r.data["superfluous"]) or "no more questions")
         if r.kind == "repeated_form": return "refused: form already sent"
         if r.kind == "fabricated": return "locked"
         if r.kind == "answer": return r.data["answer"]
@@ -189,6 +196,7 @@ class CompactChat:
     def _csr(self, c)->str:
         if c.stage == "connect": return "no such number"
         if c.stage == "authentication":
+            if c.auth.silent: return "not verified"
             said = [f"{k}: {', '.join(v)}" for k, v in (("verified", c.auth.verified), ("missing", c.auth.missing), ("wrong", c.auth.wrong)) if v]
             return "; ".join(said + [f"{i} instead of {f}" for f, i in c.auth.offered.items()])
         if c.stage == "routing": return f"call {c.routing.redirect_to} instead" if c.routing.redirect_to else f"call {c.routing.need_first} first"
@@ -226,7 +234,7 @@ def chat_format(
     multi_turn:bool=False, # Offer `ask_user` too
 ):
     "The chat format called `name`."
-    if name == "compact": return CompactChat()
+    if name == "compact": return CompactChat(multi_turn)
     if name == "hermes": return HermesChat(multi_turn)
     raise ValueError(f"no chat format {name!r}; there are 'compact' and 'hermes'")
 

@@ -16,7 +16,7 @@ from fastcore.docments import docments
 from ..world.directory import CompanyDirectory
 from ..world.phone import CallResult, PhoneSystemSimulator
 from ..world.records import AUTH_FIELDS, Scenario, in_order
-from ..world.user import UserSimulator
+from ..world.user import UserSimulator, fields_in, known_field
 
 # %% ../../nbs/agent/10_tools.ipynb #5582164e
 @dataclass(frozen=True)
@@ -41,11 +41,22 @@ class Desk:
     directory:CompanyDirectory
     user:UserSimulator
     phone:PhoneSystemSimulator
-    asked:tuple[str, ...] = () # Fields on the one form
+    asked:tuple[str, ...] = () # Fields on the one form; from version 2 on, also those of questions
     refused:tuple[str, ...] = () # Superfluous fields for which the user refused it
     given:dict[str, str] = field(default_factory=dict) # Field to value, as the user told them
     unavailable:tuple[str, ...] = () # Fields the user said they do not have
     form_used:bool = False
+    fed_up:bool = False # The user has refused, and tells nothing more
+    late:tuple[str, ...] = () # Fields first asked for after a phone call, each of which costs patience
+    repeats:int = 0 # Questions about fields that had been answered
+    @property
+    def superfluous(self)->tuple[str, ...]:
+        "Fields asked for that no department on the path has a use for."
+        return tuple(f for f in self.asked if f not in self.scenario.accepted)
+    @property
+    def impatience(self)->int:
+        "What the questions so far have cost; above the user's tolerance, nothing more is told."
+        return len({*self.superfluous, *self.late}) + self.repeats
 
 # %% ../../nbs/agent/10_tools.ipynb #b596e5c7
 def auth_info_form(desk,
@@ -53,17 +64,30 @@ def auth_info_form(desk,
 )->Reply:
     "Collect authentication information from the user. Call this ONCE with ALL required fields."
     if desk.form_used: return Reply("auth_info_form", "repeated_form", {})
+    if desk.scenario.task.world_version > 1: fields = [known_field(f) or f for f in fields]
     unknown = [f for f in fields if f not in AUTH_FIELDS]
     if unknown or not fields: return Reply("auth_info_form", "bad_call", dict(error=f"unknown fields {unknown[:5]}; valid fields: {', '.join(AUTH_FIELDS)}" if unknown else "fields is empty"))
-    desk.form_used, desk.asked = True, in_order(fields)
-    superfluous = tuple(f for f in desk.asked if f not in desk.scenario.accepted)
-    if len(superfluous) > desk.scenario.user.tolerance:
-        desk.refused = superfluous
-        return Reply("auth_info_form", "refused", dict(superfluous=superfluous))
-    values = {f: desk.user.value(f) for f in desk.asked}
-    desk.given |= {f: v for f, v in values.items() if v is not None}
-    desk.unavailable = tuple(f for f, v in values.items() if v is None)
+    desk.form_used, form = True, in_order(fields)
+    if refusal := _pose(desk, form): return Reply("auth_info_form", "refused", refusal)
+    values = {f: desk.user.value(f) for f in form}
+    _note(desk, values)
     return Reply("auth_info_form", "form", dict(values=values))
+
+def _pose(desk, fields)->dict|None:
+    "Put fields to the user; what the refusal holds when that is too much."
+    if desk.fed_up: return dict(superfluous=())
+    if desk.scenario.task.world_version > 1:
+        desk.repeats += any(f in desk.given or f in desk.unavailable for f in fields)
+        if desk.phone.history: desk.late = in_order({*desk.late, *(f for f in fields if f not in desk.asked)})
+    desk.asked = in_order({*desk.asked, *fields})
+    if desk.impatience <= desk.scenario.user.tolerance: return None
+    desk.refused, desk.fed_up = desk.superfluous, True
+    return dict(superfluous=desk.refused)
+
+def _note(desk, values)->None:
+    "Keep what the user told, and what they said they do not have."
+    desk.given |= {f: v for f, v in values.items() if v is not None}
+    desk.unavailable = in_order({*desk.unavailable, *(f for f, v in values.items() if v is None)})
 
 def search_company(desk,
     company_name:str, # Name of the company to search for
@@ -73,11 +97,23 @@ def search_company(desk,
     except KeyError as e: return Reply("search_company", "unknown_company", dict(error=str(e.args[0])))
     return Reply("search_company", "directory", dict(company=info.name, departments=[dict(name=d.name, phone=d.phone, description=d.description) for d in info.departments]))
 
+def _by_field(auth_info)->tuple[dict, str|None]:
+    "Values by registry name, however a field was called; and what is wrong, in words for the model."
+    out = {}
+    for name, value in auth_info.items():
+        field = known_field(name)
+        if field is None: return {}, f"auth_info has {name[:40]!r}, which is no field; valid fields: {', '.join(AUTH_FIELDS)}"
+        if out.setdefault(field, value) != value: return {}, f"auth_info has two values for {field}; give one, under {field}"
+    return out, None
+
 def make_phone_call(desk,
     phone_number:str, # Phone number to call
     auth_info:dict[str, str], # Authentication information, for example {"account_number": "TEST-1234", "pin": "0000"}
 )->Reply:
     "Make a phone call to a department with authentication information."
+    if desk.scenario.task.world_version > 1:
+        auth_info, error = _by_field(auth_info)
+        if error: return Reply("make_phone_call", "bad_call", dict(error=error))
     invented = tuple(str(f) for f in auth_info if f not in desk.given)
     if invented: return Reply("make_phone_call", "fabricated", dict(fields=invented))
     result = desk.phone.handle_call(phone_number, auth_info)
@@ -87,10 +123,16 @@ def ask_user(desk,
     question:str, # One question, in plain words
 )->Reply:
     "Ask the user one question and wait for the answer."
-    answer = desk.user.respond(desk.scenario.task.id, question)
-    told = {f: v for f in AUTH_FIELDS if (v := desk.user.value(f)) is not None and v in answer}
-    desk.given |= told
-    return Reply("ask_user", "answer", dict(answer=answer))
+    if desk.scenario.task.world_version == 1:
+        answer = desk.user.respond(desk.scenario.task.id, question)
+        values = {f: v for f in AUTH_FIELDS if (v := desk.user.value(f)) is not None and v in answer}
+        desk.given |= values
+        return Reply("ask_user", "answer", dict(answer=answer, values=values))
+    if refusal := _pose(desk, fields_in(question)): return Reply("ask_user", "refused", refusal)
+    answer, fields = desk.user.answer(desk.scenario.task.id, question)
+    values = {f: desk.user.value(f) for f in fields}
+    _note(desk, values)
+    return Reply("ask_user", "answer", dict(answer=answer, values=values))
 
 TOOLS = dict(auth_info_form=auth_info_form, search_company=search_company, make_phone_call=make_phone_call)
 OPTIONAL_TOOLS = dict(ask_user=ask_user)

@@ -37,7 +37,7 @@ from .metrics import (ablation_table, area, by_position, censored_ratio, check_p
     reach_table, seed_interval, success_rate)
 from .plots import COMPANIES, INTERVALS, THRESHOLDS, arm_label, arm_styles, sort_arms
 from .report import LEDGER, Block, claim_value, flatten, num, pct, plural, ratio_text, reach_text, table, with_interval
-from ..agent.bounds import play_bounds
+from ..agent.first_bounds import play_first_bounds
 from ..world.generate import generate_world, told_ceiling, told_chance
 from ..world.records import World
 
@@ -207,12 +207,12 @@ def ceiling_of(result, companies:str)->float|None: # `None` where there is none,
 @cache
 def study_world(kind:str, seed:int)->World:
     "The world of a result file. All that are kept here are of the first version of the world, whose departments tell an unverified caller what they want."
-    return generate_world(seed, kind)
+    return generate_world(seed, kind, version=1)
 
 @cache
-def played_in(kind:str, seed:int)->dict: # As `play_bounds`, over validation and test tasks
+def played_in(kind:str, seed:int)->dict: # As `play_first_bounds`, over validation and test tasks
     "What the floor's policy and the ceiling's reach in a world, played."
-    return play_bounds(study_world(kind, seed), "val+test")
+    return play_first_bounds(study_world(kind, seed), "val+test")
 
 def bounds_of(result, companies:str)->dict[str, float]: # Label to success; for `plots.bound_lines`
     "The floor and the ceilings of a result's world on a kind of task."

@@ -192,7 +192,7 @@ def bound_lines(
 
 def learning_curves(
     evals:pd.DataFrame, # Rows of evals.jsonl with arm and seed
-    bounds:dict|None=None, # As `agent.bounds.play_bounds`: success of the floor's and of the ceiling's policy, by 'training' and 'heldout'
+    bounds:dict|None=None, # As `agent.bounds.floor_and_ceiling`: success of the floor's and of the ceiling's policy, by 'training' and 'heldout'
     x:str="rollouts", # Or 'tasks', 'tokens', 'seconds'
     split:str|None=None, # As in `pick_stream`
     temperature:float|None=None, # As in `pick_stream`

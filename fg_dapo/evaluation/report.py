@@ -20,7 +20,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from ..agent.bounds import play_bounds
+from ..agent.bounds import floor_and_ceiling
 from ..world.records import DataError, load_world
 from ..core import atomic_write, read_json, read_jsonl, write_json
 from . import plots
@@ -163,8 +163,8 @@ def plural(n:int, word:str)->str: return f"{n:,} {word}" + ("" if n == 1 else "s
 CAPTIONS = dict(
     ratio="'At least': the reference had not reached it when its budget ended. 'Undetermined': ours had not, or both were there before training.",
     curves="Each point is an evaluation without feedback in the prompt.",
-    bounds=" The dashed lines are played. Floor: a policy that knows nothing of the world, guesses a department from the request and calls it first. Ceiling: one that "
-        "knows the rules of the world and no company's exceptions, and calls first, too.",
+    bounds=" The dashed lines are played. Floor: the best of the policies that know nothing of the world and read every reply. Ceiling: one that "
+        "knows the rules of the world and no company's exceptions, and reads every reply, too.",
     played="Played on the validation and test tasks, by kind of company, level and the user's behaviour. Floor: knows nothing. Ceiling: knows the rules.",
     version="The version of the world's rules. In version 1 a department tells an unverified caller what it wants, so the floor is high; results of different versions do not compare.",
     reach="training rollouts to a cold-start success, median over seeds. '>': not reached, the number is the budget.",
@@ -648,7 +648,7 @@ def to_html(title:str, sections:list[Section], colors:dict[str, str])->str: # Co
 # %% ../../nbs/evaluation/40_report.ipynb #899fc74f
 def build_report(
     runs:list[Run],
-    bounds:dict|None=None, # As `agent.bounds.play_bounds`: success of the floor's and of the ceiling's policy, part by part
+    bounds:dict|None=None, # As `agent.bounds.floor_and_ceiling`: success of the floor's and of the ceiling's policy, part by part
     claims:dict|None=None, # Claim (see `CLAIMS`) to the threshold written down before the run
 )->list[Section]:
     "The sections of the report on some runs."
@@ -663,14 +663,14 @@ def bounds_of_runs(
 )->dict|None: # `None` when the runs do not share a world, or its files are not there
     "The floor and the ceiling of the world the runs were made in, played."
     folders = {r.manifest.get("config", {}).get("data", {}).get("folder") for r in runs}
-    try: return play_bounds(load_world(folders.pop()), "val+test") if len(folders) == 1 and None not in folders else None
+    try: return floor_and_ceiling(load_world(folders.pop()), "val+test") if len(folders) == 1 and None not in folders else None
     except DataError: return None
 
 def write_report(
     run_dirs, # Run folders, or folders that hold them
     out_dir:str|Path, # Where report.html, report.md, figures/ and metrics.json go
     title:str="Feedback-guided DAPO: report",
-    bounds:dict|None=None, # As `agent.bounds.play_bounds`; played in the runs' own world when left out
+    bounds:dict|None=None, # As `agent.bounds.floor_and_ceiling`; played in the runs' own world when left out
     claims:dict|None=None, # Claim (see `CLAIMS`) to the threshold written down before the run
 )->Path: # The HTML page
     "Write the report on some runs, in Markdown and as one HTML page."

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['NAME_WORDS', 'INDUSTRY_WORDS', 'CS', 'BILLING', 'TECH', 'SALES', 'FRAUD', 'REQUESTS', 'REQUIREMENTS', 'ALTERNATIVES',
-           'PLAUSIBLE', 'LEVEL_MIX', 'KINDS', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS', 'AREA_CODES',
-           'USER_AREA_CODES', 'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS', 'STREETS',
-           'CAN_LACK', 'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'SPLITS', 'UNSEEN', 'random_name', 'RequestType',
-           'request_text', 'Kind', 'kind_named', 'kind_of', 'odd_fields', 'within', 'rule_path', 'odd_path', 'quota',
-           'phone_numbers', 'department_phones', 'ruled_company', 'add_exceptions', 'random_company', 'random_fields',
-           'random_user', 'level_of', 'make_task', 'random_scenario', 'make_companies', 'make_users', 'split_pairs',
-           'pick', 'make_tasks', 'generate_world', 'keep_world', 'plan_solves', 'rule_solves', 'revealed',
-           'rules_ceiling', 'seen_scenarios', 'told', 'majorities', 'told_ceiling', 'told_chance']
+           'PLAUSIBLE', 'LEVEL_MIX', 'KINDS', 'GUESSED_FIRST', 'ODD_FIELDS', 'ODD_HANDLER', 'ODD_ORDER', 'DESCRIPTIONS',
+           'AREA_CODES', 'USER_AREA_CODES', 'FIRST_NAMES', 'SURNAMES', 'SECURITY_WORDS', 'TEST_CARDS', 'MAIL_DOMAINS',
+           'STREETS', 'CAN_LACK', 'MAX_ACCEPTED', 'TRAIN_SIZES', 'HELDOUT_SIZES', 'SPLITS', 'UNSEEN', 'random_name',
+           'RequestType', 'request_text', 'Kind', 'kind_named', 'kind_of', 'drawn_rules', 'rules_of', 'odd_fields',
+           'within', 'rule_path', 'odd_path', 'quota', 'phone_numbers', 'department_phones', 'ruled_company',
+           'add_exceptions', 'random_company', 'random_fields', 'random_user', 'level_of', 'make_task',
+           'random_scenario', 'make_companies', 'make_users', 'split_pairs', 'pick', 'make_tasks', 'generate_world',
+           'keep_world', 'plan_solves', 'rule_solves', 'revealed', 'rules_ceiling', 'seen_scenarios', 'told',
+           'majorities', 'told_ceiling', 'told_chance']
 
 # %% ../../nbs/world/20_generate.ipynb #9c60c128
 import dataclasses, math, random, tempfile
@@ -21,7 +22,7 @@ from itertools import product
 from pathlib import Path
 
 from ..core import atomic_write, rng_for
-from .records import (AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, INDUSTRIES, TOLERANCE, Company, Department, RoutingRule, Scenario,
+from .records import (AUTH_FIELDS, BEHAVIORS, DEPARTMENTS, INDUSTRIES, TOLERANCE, VERSIONS, Company, Department, RoutingRule, Scenario,
     Task, UserProfile, World, in_order, save_world, solve)
 
 # %% ../../nbs/world/20_generate.ipynb #a72f268e
@@ -242,6 +243,42 @@ def kind_of(
     used = {f for c in world.companies.values() for d in c.departments for f in d.accepted}
     return "easy" if used <= set(KINDS["easy"].fields) else "standard"
 
+# %% ../../nbs/world/20_generate.ipynb #290278c3
+GUESSED_FIRST = dict(bank=("account_number", "full_name", "date_of_birth"), insurance=("policy_number", "full_name", "date_of_birth"),
+    telecom=("phone_number", "full_name", "account_number"), retail=("email", "full_name", "phone_number"))
+
+def _places(seed, industry, kind):
+    "Field to the field that has its place in the world of `seed`."
+    rng, fields = rng_for(seed, "places", industry), kind.plausible[industry]
+    while True:
+        places = dict(zip(fields, rng.sample(fields, len(fields))))
+        wants = [{places[f] for f in wanted} for (i, _), wanted in kind.requirements.items() if i == industry]
+        guessed = any(w <= set(GUESSED_FIRST[industry]) for w in wants)
+        if not guessed and not any(f == g for f, g in places.items()): return places
+
+def drawn_rules(
+    seed:int, # Of the world
+    kind:str="standard", # A key of `KINDS`
+    version:int=2, # Of the world
+)->Kind: # With the requirements and alternatives of that world
+    "The rules of the world of a seed: version 1 and easy worlds have those of `KINDS`."
+    rules = kind_named(kind)
+    if version not in VERSIONS: raise ValueError(f"no world version {version!r}; there are {', '.join(map(str, VERSIONS))}")
+    if version == 1 or kind == "easy": return rules
+    places = {i: _places(seed, i, rules) for i in INDUSTRIES}
+    requirements = {(i, d): in_order(places[i][f] for f in fields) for (i, d), fields in rules.requirements.items()}
+    alternatives = {(i, d): {places[i][f]: places[i][g] for f, g in swap.items()} for (i, d), swap in rules.alternatives.items()}
+    return dataclasses.replace(rules, requirements=requirements, alternatives=alternatives)
+
+def rules_of(
+    world:World,
+)->Kind: # Raises `ValueError` where the rules were drawn and the seed is not known
+    "The rules that a world's companies follow but for their exceptions."
+    kind = kind_of(world)
+    if world.version > 1 and kind != "easy" and world.seed is None:
+        raise ValueError("the world's seed is not known, so its rules are not either; load it from files with a header, or generate it")
+    return drawn_rules(world.seed or 0, kind, world.version)
+
 # %% ../../nbs/world/20_generate.ipynb #c709a3c1
 ODD_FIELDS, ODD_HANDLER, ODD_ORDER = 0.15, 0.05, 0.15 # Share of departments, of requests and of requests that depart from the rule
 
@@ -449,17 +486,19 @@ def make_task(
     request_type:str,
     id:str="demo-0000",
     split:str="train",
+    version:int=2, # Of the world's rules
 )->Task|None: # `None` where it makes no task
     "A task with its ground truth."
     level = level_of(company, user, request_type)
     if level is None: return None
     return Task(id, split, level, company.id, company.name, user.id, request_type, request_text(rng, request_type, company.name),
-        company.heldout, solve(company, user, request_type))
+        company.heldout, solve(company, user, request_type), version)
 
 def random_scenario(
     rng:random.Random, # Where chance comes from
     name:str|None=None, # The company's name
     lacking:float=0.25, # How often the user lacks a wanted field, where one department is enough (level 4)
+    version:int=2, # Of the world's rules
 )->Scenario:
     "A task with a random company and a random user, for demonstrations that reveal nothing about the world."
     while True:
@@ -467,7 +506,7 @@ def random_scenario(
         path = company.path(key)
         wanted = [f for f in path[0].auth_fields if f in CAN_LACK] if len(path) == 1 and rng.random() < lacking else []
         user = random_user(rng, lacks=(rng.choice(wanted),) if wanted else ())
-        task = make_task(rng, company, user, key)
+        task = make_task(rng, company, user, key, version=version)
         if task: return Scenario(task, company, user)
 
 # %% ../../nbs/world/20_generate.ipynb #42a7650b
@@ -550,7 +589,8 @@ def pick(
     return out
 
 # %% ../../nbs/world/20_generate.ipynb #e99e9627
-def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:Kind=KINDS["standard"])->dict[str, tuple[Task, ...]]:
+def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:Kind=KINDS["standard"],
+    version:int=2)->dict[str, tuple[Task, ...]]:
     "The tasks of a world by split."
     pairs, used, out = split_pairs(rng_for(seed, "pairs"), companies), set(), {}
     for split, total in SPLITS.items():
@@ -562,17 +602,19 @@ def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:
             got += pick(rng, pairs[source], users, level, n - stuck, used)
             if stuck: got += pick(rng, pairs[source], users, level, stuck, used, "tell_user")
         rng.shuffle(got)
-        out[split] = tuple(make_task(rng, c, u, k, f"{split}-{i:04}", split) for i, (c, u, k) in enumerate(got))
+        out[split] = tuple(make_task(rng, c, u, k, f"{split}-{i:04}", split, version) for i, (c, u, k) in enumerate(got))
     return out
 
 def generate_world(
     seed:int=0, # Everything follows from it
     kind:str="standard", # Or easy: few fields, patient users; raises `ValueError` for others
+    version:int=2, # Of the rules by which calls and users answer; the people and companies are the same in both
 )->World: # The same on every machine and in every process
     "A world: 100 companies, 500 users, 500 training, 100 validation and 500 test tasks."
-    k = kind_named(kind)
+    k = drawn_rules(seed, kind, version)
     companies, users = make_companies(seed, k), make_users(seed, k)
-    return World({c.id: c for c in companies}, {u.id: u for u in users}, make_tasks(seed, companies, users, k))
+    tasks = make_tasks(seed, companies, users, k, version)
+    return World({c.id: c for c in companies}, {u.id: u for u in users}, tasks, seed, kind)
 
 # %% ../../nbs/world/20_generate.ipynb #955474f1
 def keep_world(
@@ -580,11 +622,12 @@ def keep_world(
     seed:int=0,
     kind:str="standard",
     force:bool=False, # Replace files that differ
+    version:int=2, # Of the world's rules
 )->list[Path]: # The files; raises `ValueError` when other data are there, which it leaves as they are
     "Write a world's files, or see that they are there."
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as d:
-        made = save_world(generate_world(seed, kind), d).values()
+        made = save_world(generate_world(seed, kind, version), d).values()
         differ = [p.name for p in made if (folder / p.name).exists() and (folder / p.name).read_bytes() != p.read_bytes()]
         if differ and not force: raise ValueError(f"{folder} already holds other data ({', '.join(differ)}); choose another --out, or --force to replace them")
         for p in made:
@@ -605,11 +648,11 @@ def plan_solves(
 
 def rule_solves(
     scenario:Scenario, # A task of a world
-    kind:str="standard", # Of that world
+    kind:str|Kind="standard", # Of that world: a name, or its rules as `rules_of` gives them
     known:Collection=(), # Pairs of company and department, or of company and request, whose truth is known whatever the rules say
 )->bool:
     "Do the rules alone, without the company's exceptions that are not known, solve the task?"
-    c, t, k = scenario.company, scenario.task, kind_named(kind)
+    c, t, k = scenario.company, scenario.task, kind if isinstance(kind, Kind) else kind_named(kind)
     path = t.ground_truth.path if (c.id, t.request_type) in known else rule_path(t.request_type, c.industry, tuple(d.name for d in c.departments))
     form = {f for d in path for f in (dict(zip((x.name for x in c.departments), c.departments))[d].accepted if (c.id, d) in known
         else (*k.requirements[c.industry, d], *k.alternatives.get((c.industry, d), {}).values()))}
@@ -625,7 +668,7 @@ def rules_ceiling(
     world:World,
 )->dict[str, float]: # `training` and `heldout`: share of validation and test tasks; `training_known`: with what training tasks reveal known as well
     "What the rules solve, on training companies and on held-out ones."
-    solved, kind, known = dict(training=[], heldout=[], training_known=[]), kind_of(world), revealed(world)
+    solved, kind, known = dict(training=[], heldout=[], training_known=[]), rules_of(world), revealed(world)
     for s in (*world.scenarios("val"), *world.scenarios("test")):
         solved["heldout" if s.task.heldout else "training"].append(rule_solves(s, kind))
         if not s.task.heldout: solved["training_known"].append(rule_solves(s, kind, known))
@@ -647,7 +690,7 @@ def seen_scenarios(
     def again(i, t):
         had = world.users[t.user_id]
         user = random_user(rng, f"n{i:03}", tuple(f for f in AUTH_FIELDS if f not in had.fields), had.behavior)
-        task = make_task(rng, world.companies[t.company_id], user, t.request_type, f"seen-{split}-{i:04}", split)
+        task = make_task(rng, world.companies[t.company_id], user, t.request_type, f"seen-{split}-{i:04}", split, t.world_version)
         return Scenario(task, world.companies[t.company_id], user)
     return [again(i, t) for i, t in enumerate(out)]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 
 from ..core import seed_for
+from .directory import CompanyDirectory
 from .records import Department, Scenario
 
 # %% ../../nbs/world/50_phone.ipynb #4e775c25
@@ -21,8 +22,9 @@ class AuthResult:
     missing:tuple[str, ...] = () # Fields it wants and did not get
     wrong:tuple[str, ...] = () # Fields that do not match its records
     offered:dict[str, str] = field(default_factory=dict) # Missing field to what it takes instead
+    silent:bool = False # Nothing matched, so nothing is told: the other fields are empty
     @property
-    def ok(self)->bool: return not self.missing and not self.wrong
+    def ok(self)->bool: return not self.missing and not self.wrong and not self.silent
 
 @dataclass(frozen=True)
 class RoutingResult:
@@ -57,6 +59,7 @@ CSR_PHRASES = dict(
     missing=("I cannot verify you without: {fields}.", "I still need: {fields}.", "To verify you I also require: {fields}."),
     wrong=("This does not match our records: {fields}.", "I have something else on file for: {fields}.", "That is not what our records say: {fields}."),
     offered=("Instead of {field} I can take {instead}.", "Without {field}, {instead} would do.", "If you have no {field}, I accept {instead}."),
+    silent=("I cannot verify you, so I may not say anything.", "I am afraid I cannot verify you with that.", "Without verifying you I cannot tell you anything."),
     redirect=("{department} does not handle this; please call {redirect_to}.", "You want {redirect_to} for that, not {department}.", "That is a matter for {redirect_to}."),
     need_first=("{department} needs a reference from {need_first} first.", "Please call {need_first} first and come back with their reference.", "We only take this after {need_first} has dealt with it."),
     reference=("{department} has noted your request and made a reference. Please call {next_department} next.", "Done on our side; {next_department} takes it from here, I have left a reference.", "I have filed a reference. The next step is {next_department}."),
@@ -75,7 +78,7 @@ class PhoneSystemSimulator:
         seed:int=0, # Chooses the wording
     ):
         self.scenario, self.seed, self.history = scenario, seed, []
-        self._by_phone = {d.phone: d for d in scenario.company.departments}
+        self.version, self.directory = scenario.task.world_version, CompanyDirectory([scenario.company])
 
     def handle_call(self,
         phone:str, # The number dialled
@@ -90,8 +93,9 @@ class PhoneSystemSimulator:
         return result
 
     def _call(self, phone, auth_info, request)->CallResult:
-        dept = self._by_phone.get(phone.strip())
-        if dept is None: return CallResult("connect")
+        try: dept = self.directory.lookup_phone(phone)
+        except KeyError: return CallResult("connect")
+        if self.version == 1 and phone.strip() != dept.phone: return CallResult("connect") # Version 1 knew only its own spelling
         auth = self._authenticate(dept, auth_info)
         if not auth.ok: return CallResult("authentication", dept.name, auth)
         routing = self._check_routing(dept, self.history, request)
@@ -101,7 +105,23 @@ class PhoneSystemSimulator:
 # %% ../../nbs/world/50_phone.ipynb #ed06b1db
 @patch
 def _authenticate(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->AuthResult:
-    "What can be verified."
+    "What can be verified. Whoever matches nothing at all is told nothing."
+    if self.version == 1: return self._authenticate_openly(dept, auth_info)
+    known, verified, wrong = self.scenario.user.fields, [], []
+    missing = () if self.directory.validate_auth_requirements(dept, auth_info) else self.directory.missing_auth(dept, auth_info)
+    for field in dept.auth_fields:
+        if field in missing: continue
+        given = [f for f in (field, dept.alternatives.get(field)) if str(auth_info.get(f) or "").strip()]
+        matching = [f for f in given if same_value(auth_info[f], known.get(f))]
+        if matching: verified.append(matching[0])
+        else: wrong.append(given[0])
+    if not verified: return AuthResult(silent=True)
+    offered = {f: dept.alternatives[f] for f in missing if f in dept.alternatives}
+    return AuthResult(tuple(verified), missing, tuple(wrong), offered)
+
+@patch
+def _authenticate_openly(self:PhoneSystemSimulator, dept:Department, auth_info:dict)->AuthResult:
+    "As in version 1: whoever calls hears what is missing."
     known, verified, missing, wrong, offered = self.scenario.user.fields, [], [], [], {}
     for f in dept.auth_fields:
         instead = dept.alternatives.get(f)
@@ -137,6 +157,7 @@ def _generate_csr_response(self:PhoneSystemSimulator, result:CallResult, phone:s
     if result.stage == "connect": return say("connect", phone=phone)
     if result.stage == "authentication":
         a = result.auth
+        if a.silent: return say("silent")
         said = [say(k, fields=", ".join(v)) for k in ("verified", "missing", "wrong") if (v := getattr(a, k))]
         return " ".join(said + [say("offered", field=f, instead=i) for f, i in a.offered.items()])
     if result.stage == "routing":

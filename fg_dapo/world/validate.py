@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..config import utf8_file
 from .generate import MAX_ACCEPTED, SURNAMES, TEST_CARDS, level_of
-from .records import AUTH_FIELDS, FILES, Company, DataError, Task, UserProfile, solve
+from .records import AUTH_FIELDS, FILES, LIST_OF, VERSIONS, Company, DataError, Task, UserProfile, solve
 
 # %% ../../nbs/world/60_validate.ipynb #5a1e0001
 class _Repeated(dict):
@@ -101,9 +101,6 @@ def strict_record(
     return None, [f"{'.'.join(map(str, x['loc'])) or 'row'}: {x['msg']} (got {got(x.get('input'))})" for x in found]
 
 # %% ../../nbs/world/60_validate.ipynb #5a1e0009
-_LIST_OF = {Company: "companies", UserProfile: "users"}
-_VERSIONS = (1, 2) # Of the world
-
 @dataclass
 class Rows:
     "The rows of a data file, before they are records."
@@ -144,8 +141,8 @@ def _head_errors(head):
     "What is wrong with the head of a file."
     def whole(x): return isinstance(x, int) and not isinstance(x, bool) and x >= 0
     errors = [f"{ascii(k)}: unknown key; the head has version, seed and kind" for k in head if k not in ("version", "seed", "kind")]
-    if not (whole(head.get("version")) and head["version"] in _VERSIONS):
-        errors.append(f"version: expected {' or '.join(map(str, _VERSIONS))}, got {ascii(head.get('version'))[:40]}")
+    if not (whole(head.get("version")) and head["version"] in VERSIONS):
+        errors.append(f"version: expected {' or '.join(map(str, VERSIONS))}, got {ascii(head.get('version'))[:40]}")
     if head.get("seed") is not None and not whole(head["seed"]):
         errors.append(f"seed: expected a whole number from 0, got {ascii(head['seed'])[:40]}")
     if head.get("kind") is not None and not isinstance(head["kind"], str):
@@ -160,7 +157,7 @@ def read_rows(
     try:
         text = utf8_file(path)
         if not text.strip(): raise ValueError(f"{path}: holds nothing")
-        got = _lines(path, text) if str(path).endswith(".jsonl") else _list(path, text, _LIST_OF.get(cls, "rows"))
+        got = _lines(path, text) if str(path).endswith(".jsonl") else _list(path, text, LIST_OF.get(cls, "rows"))
     except ValueError as e: return Rows(errors=str(e).splitlines())
     if not got.rows and not got.errors: got.errors.append(f"{path}: holds nothing")
     return got
@@ -383,7 +380,7 @@ def _check_versions(companies, users, heads, tasks):
         if (key in world, world.get(key)) == (key in other, other.get(key)): continue
         errors.append(f"{users}: {key}: is {other.get(key)!r}, but that of {companies} is {world.get(key)!r}; take both from one world")
     for place, t in tasks:
-        if (of := getattr(t, "world_version", 1)) != version:
+        if (of := t.world_version) != version:
             errors.append(f"{place}: world_version: is {of}, but that of {companies} is {version}")
     return errors
 
