@@ -162,7 +162,7 @@ def data(
     out:Annotated[Path, typer.Option(help="Folder for the five files.")] = Path("data"),
     seed:Annotated[int, typer.Option(min=0, help="Seed of the world. The same seed gives the same bytes on every machine.")] = 0,
     kind:Annotated[Literal["standard", "easy"], typer.Option(help="Kind of world: standard, or easy (three fields in use, patient users).")] = "standard",
-    world_version:Annotated[int, typer.Option(min=1, max=2, help="Of the world's rules: 2, or 1 to rerun old results.")] = 2,
+    world_version:Annotated[int, typer.Option(min=1, max=2, help="Of the world's rules: 1, or 2, which is not finished: there is no warm start for it yet.")] = 1,
     force:Annotated[bool, typer.Option("--force", help="Replace files that differ.")] = False,
 ):
     """Write the world's files.

@@ -259,7 +259,7 @@ def _places(seed, industry, kind):
 def drawn_rules(
     seed:int, # Of the world
     kind:str="standard", # A key of `KINDS`
-    version:int=2, # Of the world
+    version:int=1, # Of the world
 )->Kind: # With the requirements and alternatives of that world
     "The rules of the world of a seed: version 1 and easy worlds have those of `KINDS`."
     rules = kind_named(kind)
@@ -486,7 +486,7 @@ def make_task(
     request_type:str,
     id:str="demo-0000",
     split:str="train",
-    version:int=2, # Of the world's rules
+    version:int=1, # Of the world's rules
 )->Task|None: # `None` where it makes no task
     "A task with its ground truth."
     level = level_of(company, user, request_type)
@@ -498,7 +498,7 @@ def random_scenario(
     rng:random.Random, # Where chance comes from
     name:str|None=None, # The company's name
     lacking:float=0.25, # How often the user lacks a wanted field, where one department is enough (level 4)
-    version:int=2, # Of the world's rules
+    version:int=1, # Of the world's rules
 )->Scenario:
     "A task with a random company and a random user, for demonstrations that reveal nothing about the world."
     while True:
@@ -590,7 +590,7 @@ def pick(
 
 # %% ../../nbs/world/20_generate.ipynb #e99e9627
 def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:Kind=KINDS["standard"],
-    version:int=2)->dict[str, tuple[Task, ...]]:
+    version:int=1)->dict[str, tuple[Task, ...]]:
     "The tasks of a world by split."
     pairs, used, out = split_pairs(rng_for(seed, "pairs"), companies), set(), {}
     for split, total in SPLITS.items():
@@ -608,7 +608,7 @@ def make_tasks(seed:int, companies:list[Company], users:list[UserProfile], kind:
 def generate_world(
     seed:int=0, # Everything follows from it
     kind:str="standard", # Or easy: few fields, patient users; raises `ValueError` for others
-    version:int=2, # Of the rules by which calls and users answer; the people and companies are the same in both
+    version:int=1, # Of the rules by which calls and users answer; the people and companies are the same in both
 )->World: # The same on every machine and in every process
     "A world: 100 companies, 500 users, 500 training, 100 validation and 500 test tasks."
     k = drawn_rules(seed, kind, version)
@@ -622,7 +622,7 @@ def keep_world(
     seed:int=0,
     kind:str="standard",
     force:bool=False, # Replace files that differ
-    version:int=2, # Of the world's rules
+    version:int=1, # Of the world's rules
 )->list[Path]: # The files; raises `ValueError` when other data are there, which it leaves as they are
     "Write a world's files, or see that they are there."
     folder = Path(folder)
