@@ -10,8 +10,6 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from fastcore.basics import patch
-
 from ..agent.episode import Episode, Turn
 from ..agent.scripted import Plan, call, play, tell_missing
 from .diagnosis import diagnose
@@ -35,49 +33,34 @@ class Known:
     lacks:set[str] = field(default_factory=set) # Fields the user does not have
     useless:dict[str, set[str]] = field(default_factory=dict) # Department to fields with which it could not verify the caller
     refused:set[str] = field(default_factory=set) # Fields of which the user said that nobody needs them
-    useful:set[str] = field(default_factory=set) # Fields on a refused form of which the user did not say so: somebody takes them
     path:list[str] = field(default_factory=list) # Departments to call, as far as they are known, in order
-    sure:set[str] = field(default_factory=set) # Departments that are part of it, whatever else is found
     out:set[str] = field(default_factory=set) # Departments that are no part of the path
     def drop(self, *departments:str)->None:
-        "These are no part of the path, unless they are known to be."
-        self.out |= set(departments) - self.sure
+        "These are no part of the path."
+        self.out |= set(departments)
         self.path = [d for d in self.path if d not in self.out]
-    def place(self, department:str, at:int)->None:
-        "Put a department that is part of the path at a place of it."
-        self.sure.add(department)
-        self.out.discard(department)
-        if department not in self.path: self.path.insert(at, department)
     def learn(self,
         facts:dict, # From `visible(info, "observed")`
     )->None:
         "Take in one failed attempt."
-        self._learn_fields(facts)
+        called, met = facts["called"], _met(facts)
+        self.wants |= met
+        self.instead |= {(called, f): other for f, other in facts["offered"].items()}
+        self.lacks |= set(facts["unavailable"])
+        self.refused |= set(facts["superfluous"])
         if to := facts["redirect_to"]:
             self.drop(*facts["not_handling"])
-            self.place(to, len(self.path))
-        met = [d for d in _met(facts) if d not in facts["not_handling"]]
-        for d in met: self.place(d, max(0, len(self.path) - 1))
-        if then := facts["next_to"]: self.place(then, 1 + max((i for i, d in enumerate(self.path) if d in met), default=-1))
-        if (first := facts["need_first"]) and not (first in self.sure and first in self.path[:1]):
-            self.path = [d for d in self.path if d != first]
-            self.place(first, max((i for i, d in enumerate(self.path) if d in met), default=0))
-
-# %% ../../nbs/method/27_explorer.ipynb #aceb8680
-@patch
-def _learn_fields(self:Known, facts:dict)->None:
-    "What an attempt showed of fields: those that departments want, those that the user lacks, those that nobody needs."
-    called = facts["called"]
-    self.wants |= _met(facts)
-    self.instead |= {(called, f): other for f, other in facts["offered"].items()}
-    self.lacks |= set(facts["unavailable"])
-    self.refused |= set(facts["superfluous"])
-    if facts["superfluous"]: self.useful |= set(facts["asked"]) - self.refused
-    if facts["told"] is None: return
-    useless = self.useless.setdefault(called, set())
-    useless.update(facts["told"])
-    all_known = len(self.useful | self.refused) == len(AUTH_FIELDS)
-    if all_known and self.useful - self.lacks <= useless: self.drop(called) # It takes nothing that anybody takes
+            self.path += [to] * (to not in self.path)
+        if facts["told"] is not None: self.useless.setdefault(called, set()).update(facts["told"])
+        elif to: pass
+        elif (first := facts["need_first"]) and first != called:
+            rest = [d for d in self.path if d not in (first, called)]
+            at = self.path.index(called) if called in self.path else len(rest)
+            self.path = [*rest[:at], first, called, *rest[at:]]
+        elif called and called not in self.out:
+            before = [d for d in met if d not in (*self.path, *self.out, called)]
+            self.path += before + [called] * (called not in self.path)
+        self.drop(*(d for d, fields in self.wants.items() if self.refused & set(fields)))
 
 # %% ../../nbs/method/27_explorer.ipynb #48cc64b3
 def next_plan(
@@ -92,10 +75,8 @@ def next_plan(
     least = min(tried(d) for d in possible)
     names = known.path or [rng.choice([d for d in possible if tried(d) == least])]
     def guess(d): # Of what no try at `d` has shown to be useless
-        likely = known.useful - known.lacks - known.useless.get(d, set())
-        pool = [f for f in AUTH_FIELDS if f not in known.refused | known.useful | known.lacks | known.useless.get(d, set())]
-        more = rng.choice((1, 2, 2, 3) if likely else (3, 4, 6, 9)) if len(names) == 1 else int(not likely)
-        return [*in_order(likely), *rng.sample(pool, min(len(pool), more))]
+        pool = [f for f in AUTH_FIELDS if f not in known.refused | known.lacks | known.useless.get(d, set())]
+        return rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3)) if len(names) == 1 else 1))
     asked = {d: known.wants.get(d) or guess(d) for d in names}
     def told(d): return in_order(known.instead.get((d, f), f) if f in known.lacks else f for f in asked[d])
     everything = in_order(f for d in names for f in told(d))
@@ -104,8 +85,7 @@ def next_plan(
     plan = Plan(in_order([f for _, fields in calls for f in fields] + hopeless) or ("full_name",), tuple(calls))
     if plan not in failed or not known.path: return plan
     known.drop(names[0])
-    if names[0] not in known.path: return next_plan(known, rng, departments, failed)
-    return Plan(plan.form, tuple(rng.sample(plan.calls, len(plan.calls)))) # All are needed: perhaps in another order
+    return next_plan(known, rng, departments, failed)
 
 def explore(
     plan:Plan,
