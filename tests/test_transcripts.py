@@ -18,7 +18,12 @@ from fg_dapo.world.generate import random_scenario
 from fg_dapo.world.records import as_dict
 
 from conftest import ROOT
-from test_agent import ALL, VAL, any_turn, junk, mutated, play_lines
+from fg_dapo.world.generate import generate_world
+from test_agent import any_turn, junk, mutated, play_lines
+
+WORLD = generate_world(0) # The world that is trained in
+ALL = [s for split in ("train", "val", "test") for s in WORLD.scenarios(split)]
+VAL = WORLD.scenarios("val")
 
 FORMATS = ("compact", "hermes")
 LAST_WORD = dict(compact="tell shoe size", hermes="Done.")
