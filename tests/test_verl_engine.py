@@ -8,6 +8,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM's CPU build is for Linux")
 pytest.importorskip("verl")
 
+from fg_dapo.method.feedback import RuleBased
+from fg_dapo.method.reward import replay_transcript, result_of
+from fg_dapo.world.directory import CompanyDirectory
 from fg_dapo.agent.chat import chat_format
 from fg_dapo.config import load_config
 from fg_dapo.core import read_json, read_jsonl
@@ -107,11 +110,15 @@ def test_a_guided_rollout_read_the_failures_of_its_own_group(replayed):
 
 def test_a_rollout_is_worth_what_its_transcript_says(replayed, world):
     scenarios = {s.task.id: s for s in world.scenarios("train")}
+    directory = CompanyDirectory(world.companies.values())
     rows = read_jsonl(replayed[1] / "rollouts.jsonl")
     assert len(rows) == 64
     for r in rows:
         again = compute_score_with_feedback("fg_dapo", r["transcript"], as_dict(scenarios[r["task_id"]]), dict(detail="full"))
-        assert (again["score"], again["acc"], again["feedback"], again["partial_scores"]) == (r["score"], r["acc"], r["feedback"], r["partial_scores"])
+        assert (again["score"], again["acc"], again["partial_scores"]) == (r["score"], r["acc"], r["partial_scores"])
+        # A search for a name like several companies' finds none among all, and the task's own where there is no other: feedback needs them all
+        full = result_of(replay_transcript(r["transcript"], scenarios[r["task_id"]], "compact", directory), RuleBased("full"), r["transcript"])
+        assert (full["feedback"], full["score"]) == (r["feedback"], r["score"])
 
 # Books
 
